@@ -1,0 +1,59 @@
+"""Whole systems: encoders, lifters and the pipeline from image to pose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from liftbyimage.models.heatmaps import decode_heatmaps, flip_average
+from liftbyimage.models.hrnet import HRNet, hrnet_w32, hrnet_w48
+from liftbyimage.models.lift_by_image import LiftByImage, LiftByImageConfig, LiftedPose
+from liftbyimage.models.pipeline import Pipeline
+from liftbyimage.models.pose_only import PoseOnlyLifter
+from liftbyimage.models.tiny_encoder import TinyEncoder
+
+__all__ = [
+    "HRNet",
+    "LiftByImage",
+    "LiftByImageConfig",
+    "LiftedPose",
+    "Pipeline",
+    "PoseOnlyLifter",
+    "TinyEncoder",
+    "build",
+    "build_encoder",
+    "decode_heatmaps",
+    "flip_average",
+    "hrnet_w32",
+    "hrnet_w48",
+]
+
+
+def _lift_by_image(**config: Any) -> LiftByImage:
+    return LiftByImage(LiftByImageConfig(**config))
+
+
+LIFTERS: dict[str, Callable[..., nn.Module]] = {"lift-by-image": _lift_by_image, "pose-only": PoseOnlyLifter}
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "hrnet-w32": hrnet_w32,
+    "hrnet-w48": hrnet_w48,
+    "tiny": TinyEncoder,
+}
+
+
+def build(name: str, **config: Any) -> nn.Module:
+    """A lifter by its name, "lift-by-image" or "pose-only", with its configuration as keyword arguments."""
+    return _build("lifter", LIFTERS, name, config)
+
+
+def build_encoder(name: str, **config: Any) -> nn.Module:
+    """An encoder by its name, "hrnet-w32", "hrnet-w48" or "tiny"."""
+    return _build("encoder", ENCODERS, name, config)
+
+
+def _build(kind: str, known: dict[str, Callable[..., nn.Module]], name: str, config: dict[str, Any]) -> nn.Module:
+    if name not in known:
+        raise ValueError(f"{kind} must be one of {', '.join(known)}, got {name!r}")
+    return known[name](**config)

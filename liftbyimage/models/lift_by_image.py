@@ -1,0 +1,170 @@
+"""Lifting by Image: the two-stage lifter.
+
+Stage 1 (broad query): joints query all image patches in three layers, the middle one pose-guided; a linear head gives a
+coarse pose, and the last layer's attention gives each patch's importance. Adaptive feature selection keeps the top patches.
+Stage 2 (focused exploration): three more layers over the kept, pose-guided patches; a linear head gives the refined pose.
+No gradient flows from stage 2 into stage 1.
+
+Source: F. Zhou, J. Yin, P. Li, "Lifting by Image – Leveraging Image Cues for Accurate 3D Human Pose Estimation", AAAI 2024.
+No public code exists; where the paper is silent the choices are documented in docs/systems.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from liftbyimage.nn import FeatureSelection, PoseGuidedLayer, TransformerLayer
+
+NUM_FREQUENCIES = 4
+POSITION_CHANNELS = NUM_FREQUENCIES * 2 * 2  # sine and cosine, of x and y
+
+
+@dataclass(frozen=True)
+class LiftByImageConfig:
+    """Sizes of a LiftByImage model; the defaults are the paper's with an HRNet-w32 encoder.
+
+    image_channels C and grid (Hf, Wf) of the encoder's map, token width dim D, heads, feed-forward mlp_ratio·D, dropout,
+    retention r of the patches kept for stage 2, joints J, and whether patches get a feed-forward (PoseGuidedLayer).
+    """
+
+    image_channels: int = 32
+    grid: tuple[int, int] = (64, 48)
+    dim: int = 256
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    dropout: float = 0.1
+    retention: float = 0.3
+    num_joints: int = 17
+    image_feed_forward: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"LiftByImageConfig: grid must be (Hf, Wf) of positive ints, got {self.grid}")
+        for name in ("image_channels", "num_joints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LiftByImageConfig: {name} must be >= 1, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "grid": list(self.grid)}
+
+
+class LiftedPose(NamedTuple):
+    pose_3d: Tensor  # [B, J, 3] metres, root-relative, camera axes: refined, of stage 2
+    coarse_pose_3d: Tensor  # [B, J, 3] the same, of stage 1
+    importance: Tensor  # [B, P] attention paid to each patch by stage 1's last layer; sums to 1
+    index: Tensor  # [B, K] the patches kept for stage 2, ascending
+
+
+def position_channels(grid: tuple[int, int]) -> Tensor:
+    """Fixed sine/cosine channels of every patch's centre, [P, 16]: per frequency sin x, sin y, cos x, cos y.
+
+    Coordinates are in [-1, 1]; the lowest frequency has half a period over that range, each next one twice as many.
+    """
+    rows, columns = grid
+    y = (torch.arange(rows) + 0.5) / rows * 2 - 1
+    x = (torch.arange(columns) + 0.5) / columns * 2 - 1
+    centres = torch.stack([x.repeat(rows), y.repeat_interleave(columns)], dim=1)  # [P, 2]
+    channels = []
+    for octave in range(NUM_FREQUENCIES):
+        angle = centres * (math.pi / 2 * 2**octave)
+        channels += [angle.sin(), angle.cos()]
+    return torch.cat(channels, dim=1)
+
+
+class LiftByImage(nn.Module):
+    """The two-stage lifter: encoder features and a 2D pose in, a coarse and a refined 3D pose out.
+
+    `stage1_parameters()` and `stage2_parameters()` give what each training stage optimises.
+    """
+
+    def __init__(self, config: LiftByImageConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or LiftByImageConfig()
+        sizes = (config.dim, config.heads, config.mlp_ratio, config.dropout)
+        self.feature_norm = nn.BatchNorm2d(config.image_channels)
+        self.embed = nn.Linear(config.image_channels + POSITION_CHANNELS, config.dim)
+        self.pose_embed = nn.Linear(2, config.dim)
+        self.joint_embedding = nn.Parameter(torch.randn(config.num_joints, config.dim) * 0.02)
+        self.stage1 = nn.ModuleList(
+            [
+                TransformerLayer(*sizes),
+                PoseGuidedLayer(*sizes, image_feed_forward=config.image_feed_forward),
+                TransformerLayer(*sizes),
+            ]
+        )
+        self.coarse_head = nn.Linear(config.dim, 3)
+        self.selection = FeatureSelection(config.retention)
+        self.stage2 = nn.ModuleList([TransformerLayer(*sizes) for _ in range(3)])
+        self.refined_head = nn.Linear(config.dim, 3)
+        self.register_buffer("positions", position_channels(config.grid), persistent=False)  # [P, 16]
+
+    def forward(self, features: Tensor, pose_2d: Tensor) -> LiftedPose:
+        """Lift a batch.
+
+        Args:
+            features: [B, C, Hf, Wf] of the encoder.
+            pose_2d: [B, J, 2], crop pixels normalised to [-1, 1] (x over width, y over height).
+
+        Returns:
+            LiftedPose, in metres, root-relative, camera axes (x right, y down, z forward).
+        """
+        self._check(features, pose_2d)
+        joints, patches, importance = self.broad_query(features, pose_2d)
+        coarse = root_relative(self.coarse_head(joints))
+        kept = self.selection(patches.detach(), importance.detach())
+        refined = self.explore(joints.detach(), kept.patches)
+        return LiftedPose(refined, coarse, importance, kept.index)
+
+    def broad_query(self, features: Tensor, pose_2d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage 1: joints [B, J, D], pose-guided patches [B, P, D], importance [B, P]."""
+        patches = self.embed_patches(features)
+        joints = self.pose_embed(pose_2d) + self.joint_embedding
+        look, guide, look_again = self.stage1
+        joints = look(joints, patches)
+        joints, patches = guide(joints, patches)
+        joints, importance = look_again(joints, patches, need_importance=True)
+        return joints, patches, importance
+
+    def explore(self, joints: Tensor, kept: Tensor) -> Tensor:
+        """Stage 2 over the kept patches [B, K, D]: the refined pose [B, J, 3]."""
+        for layer in self.stage2:
+            joints = layer(joints, kept)
+        return root_relative(self.refined_head(joints))
+
+    def embed_patches(self, features: Tensor) -> Tensor:
+        """Image tokens [B, P, D] = linear([batch-norm(features) | position channels])."""
+        channels = self.feature_norm(features).flatten(2).transpose(1, 2)  # [B, P, C]
+        positions = self.positions.to(channels.dtype).expand(channels.shape[0], -1, -1)
+        return self.embed(torch.cat([channels, positions], dim=2))
+
+    def stage1_parameters(self) -> list[nn.Parameter]:
+        modules = (self.feature_norm, self.embed, self.pose_embed, self.stage1, self.coarse_head)
+        return [self.joint_embedding, *(p for module in modules for p in module.parameters())]
+
+    def stage2_parameters(self) -> list[nn.Parameter]:
+        return [p for module in (self.stage2, self.refined_head) for p in module.parameters()]
+
+    def _check(self, features: Tensor, pose_2d: Tensor) -> None:
+        config = self.config
+        expected = (config.image_channels, *config.grid)
+        if features.dim() != 4 or tuple(features.shape[1:]) != expected:
+            raise ValueError(
+                f"LiftByImage: features must have shape [B, {', '.join(map(str, expected))}], "
+                f"got {list(features.shape)}"
+            )
+        if tuple(pose_2d.shape) != (features.shape[0], config.num_joints, 2):
+            raise ValueError(
+                f"LiftByImage: pose_2d must have shape [{features.shape[0]}, {config.num_joints}, 2], "
+                f"got {list(pose_2d.shape)}"
+            )
+
+
+def root_relative(pose: Tensor) -> Tensor:
+    """Subtract joint 0 (the pelvis) from [B, J, 3]."""
+    return pose - pose[:, :1]

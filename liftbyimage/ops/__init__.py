@@ -1,0 +1,25 @@
+"""Fused operations with a contract: pure functions of tensors that choose the fastest exact backend.
+
+    attend_patches          joints query image patches
+    pose_guided_attention   the same attention used both ways: patches are updated too (Lifting by Image, Eq. 2)
+    prune_patches           keep the most important patches (Adaptive Feature Selection)
+    keep_count              how many patches a retention keeps
+    explain                 which backend serves a call, and why the others do not
+"""
+
+from liftbyimage.ops._explain import BackendStatus, explain
+from liftbyimage.ops.attend_patches import AttendedPatches, attend_patches
+from liftbyimage.ops.pose_guided_attention import PoseGuidedAttention, pose_guided_attention
+from liftbyimage.ops.prune_patches import PrunedPatches, keep_count, prune_patches
+
+__all__ = [
+    "AttendedPatches",
+    "BackendStatus",
+    "PoseGuidedAttention",
+    "PrunedPatches",
+    "attend_patches",
+    "explain",
+    "keep_count",
+    "pose_guided_attention",
+    "prune_patches",
+]

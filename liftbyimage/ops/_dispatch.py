@@ -1,0 +1,165 @@
+"""Choosing the implementation that serves a call, and saying why the others do not.
+
+A `Backend` states in `why_not` the one reason it cannot serve given arguments, or None. The first backend of an op's
+`BACKENDS` without a reason serves. A backend demanded by `backend=` or by the environment variable
+`LIFTBYIMAGE_BACKEND` must serve, or its reason is raised: nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from liftbyimage import _extension
+
+ENVIRONMENT_VARIABLE = "LIFTBYIMAGE_BACKEND"
+NATIVE_WIDTH_LIMIT = 512
+
+
+class Backend(NamedTuple):
+    """One implementation of an op.
+
+    `why_not(*tensors)` gives the reason it cannot serve, or None. `forward` and `backward` take and return what the
+    op's raw schema says; both are None for the reference, whose gradients are PyTorch's own.
+    `batch_independent`: a sample's result does not depend on the rest of its batch (bitwise).
+    """
+
+    name: str
+    why_not: Callable[..., str | None]
+    forward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] | None = None
+    batch_independent: bool = False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def demanded_backend() -> str | None:
+    """The backend that `LIFTBYIMAGE_BACKEND` demands, None if unset or empty."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def select(op: str, backends: Sequence[Backend], requested: str | None, *tensors: Tensor) -> Backend:
+    """The backend that serves `tensors`: the requested one, else the first without a reason not to.
+
+    Raises:
+        ValueError: the requested name is unknown, or that backend cannot serve these arguments.
+    """
+    demanded = requested if requested is not None else demanded_backend()
+    if demanded is None:
+        return next(backend for backend in backends if backend.why_not(*tensors) is None)
+    names = [backend.name for backend in backends]
+    if demanded not in names:
+        raise ValueError(f"{op}: backend must be one of {', '.join(names)}, got {demanded!r}")
+    backend = backends[names.index(demanded)]
+    reason = backend.why_not(*tensors)
+    if reason is not None:
+        raise ValueError(f"{op}: backend {demanded!r} cannot serve this call: {reason}")
+    return backend
+
+
+def never(*tensors: Tensor) -> str | None:
+    """`why_not` of the reference: it serves everything."""
+    return None
+
+
+def why_not_cpu(*tensors: Tensor) -> str | None:
+    if _extension.CPU_MISSING is not None:
+        return _extension.CPU_MISSING
+    if tensors[0].device.type != "cpu":
+        return f"serves CPU tensors, got {tensors[0].device.type}"
+    return None
+
+
+def why_not_triton(*tensors: Tensor) -> str | None:
+    missing = triton_missing()
+    if missing is not None:
+        return missing
+    if tensors[0].device.type != "cuda" and not triton_interprets():
+        return f"serves CUDA tensors (or any with TRITON_INTERPRET=1), got {tensors[0].device.type}"
+    return _gpu_dtype_or_width(*tensors)
+
+
+def why_not_cuda(*tensors: Tensor) -> str | None:
+    if _extension.CUDA_MISSING is not None:
+        return _extension.CUDA_MISSING
+    if tensors[0].device.type != "cuda":
+        return f"serves CUDA tensors, got {tensors[0].device.type}"
+    return _gpu_dtype_or_width(*tensors)
+
+
+def _gpu_dtype_or_width(*tensors: Tensor) -> str | None:
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return "serves float32, float16 and bfloat16, got float64"
+        if tensor.dim() > 2 and tensor.shape[-1] > NATIVE_WIDTH_LIMIT:
+            return f"serves widths up to {NATIVE_WIDTH_LIMIT}, got {tensor.shape[-1]}"
+    return None
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used at all on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_TRITON_LIBRARY = torch.library.Library("liftbyimage", "FRAGMENT")
+
+
+def triton_op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `liftbyimage::{name}_triton`, launched by `forward` or `backward` of the op's kernel module.
+
+    `name` is "<op>_forward" or "<op>_backward". The module (and Triton) is imported at the first launch.
+    """
+    op, direction = name.rsplit("_", 1)
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        module = importlib.import_module(f"liftbyimage.kernels.{op}")
+        return getattr(module, direction)(*args, **kwargs)
+
+    full_name = f"{name}_triton"
+    _TRITON_LIBRARY.define(full_name + schema)
+    _TRITON_LIBRARY.impl(full_name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"liftbyimage::{full_name}", fake, lib=_TRITON_LIBRARY)
+    return getattr(torch.ops.liftbyimage, full_name).default  # type: ignore[no-any-return]
+
+
+def native_op(name: str, fake: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The compiled op `liftbyimage::{name}` with its fake implementation, None where the extension is not built."""
+    if _extension.CPU_MISSING is not None:
+        return None
+    torch.library.register_fake(f"liftbyimage::{name}", fake)
+    return getattr(torch.ops.liftbyimage, name).default  # type: ignore[no-any-return]
+
+
+def count_flops(ops: Sequence[Callable[..., Any] | None], formula: Callable[..., int]) -> None:
+    """Register `formula(*shapes, …, out_shape)` with torch.utils.flop_counter for every op that exists here."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for op in ops:
+        if op is not None:
+            register_flop_formula(op.overloadpacket)(formula)  # type: ignore[attr-defined]
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast floating tensors to the autocast dtype where autocast is on; float64 stays. Same object in, same object out."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    cast: dict[int, Tensor] = {}
+    for tensor in tensors:
+        floating = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        cast[id(tensor)] = tensor.to(dtype) if floating else tensor
+    return tuple(cast[id(tensor)] for tensor in tensors)

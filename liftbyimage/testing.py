@@ -1,0 +1,240 @@
+"""What tests and benchmarks share: the cases of every op, the tolerance table and the comparison against float64.
+
+The rule (one for all cases, forward and gradients): against the float64 reference on the same inputs, the largest error is at
+most twice what the plain PyTorch reference makes in the same dtype, plus `TOLERANCE[dtype]` times the RMS of the output, and
+the cosine similarity is at least `MIN_COSINE[dtype]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liftbyimage import ops
+from liftbyimage.ops._explain import backends_of
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+MIN_COSINE = {torch.float64: 0.99999, torch.float32: 0.99999, torch.float16: 0.999, torch.bfloat16: 0.999}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: sizes in the symbols of docs/ops, how tensors alias, how they lie in memory, and how large they are."""
+
+    name: str
+    B: int = 2
+    H: int = 4
+    J: int = 17
+    P: int = 48
+    E: int = 16
+    F: int = 16
+    D: int = 16
+    K: int = 12
+    shared_head: bool = True
+    value_is_key: bool = False
+    patches_is_key: bool = False
+    need_attention: bool = False
+    layout: str = "contiguous"  # "strided": every tensor is a transposed view; "expanded": one sample for the whole batch
+    magnitude: float = 1.0
+    ties: bool = False
+    slow_interpreter: bool = False  # too much work for an interpreted kernel
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_ATTENTION_CASES = (
+    Case("separate_heads", shared_head=False),
+    Case("shared_head"),
+    Case("value_is_key", value_is_key=True),
+    Case("one_patch", P=1),
+    Case("one_joint", J=1, P=17, value_is_key=True),
+    Case("odd_patches", P=17, J=25, E=48, F=48, value_is_key=True),
+    Case("many_patches", B=1, P=3071, E=32, F=32, D=24, value_is_key=True, slow_interpreter=True),
+    Case("widths_differ", E=8, F=40, D=24),
+    Case("wide", B=1, H=8, P=130, E=256, F=256, D=256, value_is_key=True, slow_interpreter=True),
+    Case("factored_width", H=8, P=70, E=184, F=184, D=64, value_is_key=True, slow_interpreter=True),
+    Case("empty_batch", B=0),
+    Case("strided", layout="strided", value_is_key=True),
+    Case("strided_heads", layout="strided", shared_head=False),
+    Case("expanded", layout="expanded", B=3),
+    Case("large_logits", magnitude=100.0),
+    Case("ties", ties=True, value_is_key=True),
+)
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "attend_patches": (
+        *_ATTENTION_CASES,
+        Case("with_attention", need_attention=True),
+        Case("with_attention_odd", need_attention=True, P=33, J=25, shared_head=False),
+    ),
+    "pose_guided_attention": (
+        *_ATTENTION_CASES,
+        Case("one_tensor", D=16, value_is_key=True, patches_is_key=True),
+        Case("one_tensor_strided", D=16, value_is_key=True, patches_is_key=True, layout="strided"),
+        Case("patches_is_key_alone", D=16, patches_is_key=True),
+    ),
+    "prune_patches": (
+        Case("plain"),
+        Case("keep_all", K=48),
+        Case("keep_one", K=1),
+        Case("one_patch", P=1, K=1),
+        Case("odd", B=3, P=3071, K=921, D=33, slow_interpreter=True),
+        Case("large_map", B=2, P=6912, K=2073, D=8, slow_interpreter=True),
+        Case("ties", ties=True, K=20),
+        Case("empty_batch", B=0),
+        Case("strided", layout="strided"),
+        Case("expanded", layout="expanded", B=3),
+    ),
+}
+
+
+def _tensor(case: Case, generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal float64 values in the case's layout; with ties every second row of the patch axis repeats."""
+    if case.layout == "expanded":
+        values = torch.randn(1, *shape[1:], generator=generator, dtype=torch.float64)
+        return values.expand(shape)
+    if case.layout == "strided":
+        order = list(range(len(shape)))[::-1]
+        values = torch.randn([shape[i] for i in order], generator=generator, dtype=torch.float64)
+        return values.permute(order)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def make_inputs(
+    op: str, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments of `ops.<op>` for a case; values are drawn in float64, rounded to `dtype`, and seeded."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        values = _tensor(case, generator, *shape)
+        return values.to(dtype).to(device)
+
+    if op == "prune_patches":
+        importance = draw(case.B, case.P)
+        if case.ties:
+            importance = importance.mul(2).round().div(2)
+        return {"patches": draw(case.B, case.P, case.D), "importance": importance, "keep": case.K}
+
+    key_heads = 1 if case.shared_head else case.H
+    key = draw(case.B, key_heads, case.P, case.E)
+    if case.ties:
+        key = torch.cat([key[:, :, ::2], key[:, :, ::2]], dim=2)[:, :, : case.P].contiguous()
+    value_width = case.E if case.value_is_key else case.F
+    inputs: dict[str, Any] = {
+        "query": draw(case.B, case.H, case.J, case.E) * case.magnitude,
+        "key": key,
+        "value": key if case.value_is_key else draw(case.B, key_heads, case.P, value_width),
+    }
+    if op == "pose_guided_attention":
+        inputs["pose_value"] = draw(case.B, case.H, case.J, case.D)
+        inputs["patches"] = key if case.patches_is_key else draw(case.B, case.P, case.D)
+    else:
+        inputs["need_attention"] = case.need_attention
+    return inputs
+
+
+def convert(inputs: Mapping[str, Any], transform: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """`inputs` with every tensor transformed once, so that arguments that were one tensor stay one tensor."""
+    done: dict[int, Tensor] = {}
+    result: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            if id(value) not in done:
+                done[id(value)] = transform(value)
+            value = done[id(value)]
+        result[name] = value
+    return result
+
+
+def differentiable(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Leaves in `dtype` that require gradients and keep each tensor's memory layout."""
+    return convert(inputs, lambda tensor: tensor.detach().to(dtype).requires_grad_())
+
+
+def run(
+    op: str, inputs: Mapping[str, Any], backend: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs by name and, for a fixed seeded cotangent on every differentiable output, gradients by input name."""
+    result = getattr(ops, op)(**inputs, backend=backend)
+    outputs = {name: value for name, value in result._asdict().items() if value is not None}
+    leaves: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        taken = any(value is leaf for leaf in leaves.values())
+        if isinstance(value, Tensor) and value.requires_grad and not taken:
+            leaves[name] = value
+    roots = {name: value for name, value in outputs.items() if value.requires_grad}
+    if not leaves or not roots:
+        return {name: value.detach() for name, value in outputs.items()}, {}
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device, value.dtype)
+        for value in roots.values()
+    ]
+    grads = torch.autograd.grad(list(roots.values()), list(leaves.values()), cotangents, allow_unused=True)
+    gradients = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    return {name: value.detach() for name, value in outputs.items()}, gradients
+
+
+def assert_close(name: str, actual: Tensor, oracle: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
+    """`actual` meets the module's rule against `oracle` (float64), given what plain PyTorch made in the same dtype."""
+    assert actual.shape == oracle.shape, f"{name}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
+    if oracle.numel() == 0:
+        return
+    actual, plain = actual.double(), plain.double()
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    rms = oracle.square().mean().sqrt().item()
+    error = (actual - oracle).abs().max().item()
+    allowed = 2 * (plain - oracle).abs().max().item() + TOLERANCE[dtype] * rms
+    assert error <= allowed, f"{name}: largest error {error:.3e}, allowed {allowed:.3e} (RMS of output {rms:.3e})"
+    if rms > 0:
+        cosine = torch.nn.functional.cosine_similarity(actual.flatten(), oracle.flatten(), dim=0).item()
+        assert cosine >= MIN_COSINE[dtype], f"{name}: cosine similarity {cosine:.7f}"
+
+
+def check_against_float64(op: str, inputs: Mapping[str, Any], dtype: torch.dtype, backend: str) -> None:
+    """Forward and every gradient of `backend` against the float64 reference, by the module's rule."""
+    oracle, oracle_grads = run(op, differentiable(inputs, torch.float64), "reference")
+    plain, plain_grads = run(op, differentiable(inputs, dtype), "reference")
+    actual, actual_grads = run(op, differentiable(inputs, dtype), backend)
+    assert actual.keys() == oracle.keys()
+    assert actual_grads.keys() == oracle_grads.keys()
+    for name in oracle:
+        if oracle[name].dtype == torch.int64:
+            assert torch.equal(actual[name], plain[name]), f"{name}: differs from the reference"
+        else:
+            assert_close(name, actual[name], oracle[name], plain[name], dtype)
+    for name in oracle_grads:
+        assert_close(
+            f"gradient of {name}", actual_grads[name], oracle_grads[name], plain_grads[name], dtype
+        )
+
+
+@contextmanager
+def spy(op: str, monkeypatch: Any) -> Iterator[list[str]]:
+    """Collects the names of the backends whose forward actually ran."""
+    import importlib
+
+    module = importlib.import_module(f"liftbyimage.ops.{op}")
+    ran: list[str] = []
+
+    def watched(backend: Any) -> Any:
+        if backend.forward is None:
+            return backend
+
+        def forward(*args: Any) -> Any:
+            ran.append(backend.name)
+            return backend.forward(*args)
+
+        return backend._replace(forward=forward)
+
+    watched_backends = {backend.name: watched(backend) for backend in backends_of(op)}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_BY_NAME", watched_backends)
+        yield ran

@@ -1,0 +1,138 @@
+"""The whole lifter against its plain PyTorch twin, and its promises."""
+
+import pytest
+import torch
+from torch import nn
+
+from liftbyimage import models
+from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyLifter, TinyEncoder
+from liftbyimage.models.lift_by_image import position_channels
+from liftbyimage.reference import ReferenceLiftByImage
+
+SMALL = LiftByImageConfig(image_channels=6, grid=(8, 6), dim=32, heads=4, dropout=0.0)
+
+
+def twins(config=SMALL, dtype=torch.float64):
+    torch.manual_seed(0)
+    lifter = LiftByImage(config).to(dtype)
+    for parameter in lifter.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    lifter.positions = position_channels(config.grid).to(dtype)
+    reference = ReferenceLiftByImage(config, lifter.positions).to(dtype)
+    reference.load_state_dict(lifter.state_dict())
+    return lifter, reference
+
+
+def inputs(config=SMALL, batch=3, dtype=torch.float64):
+    torch.manual_seed(1)
+    features = torch.randn(batch, config.image_channels, *config.grid, dtype=dtype)
+    return features.requires_grad_(), torch.rand(batch, 17, 2, dtype=dtype) * 2 - 1
+
+
+@pytest.mark.parametrize("image_feed_forward", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_equals_the_plain_lifter_with_gradients(image_feed_forward, training):
+    config = LiftByImageConfig(
+        **{**SMALL.to_dict(), "dim": 48, "image_feed_forward": image_feed_forward}
+    )
+    lifter, reference = twins(config)
+    features, pose_2d = inputs(config)
+    results = []
+    for module in (reference.train(training), lifter.train(training)):
+        refined, coarse, importance, index = module(features, pose_2d)
+        loss = refined.square().sum() + coarse.square().sum() + importance.square().sum()
+        names, parameters = zip(*sorted(module.named_parameters()), strict=True)
+        gradients = torch.autograd.grad(loss, [features, *parameters])
+        outputs = {"refined": refined, "coarse": coarse, "importance": importance, "index": index}
+        results.append({**outputs, **dict(zip(("features", *names), gradients, strict=True))})
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_no_gradient_from_stage_2_into_stage_1():
+    lifter, _ = twins()
+    features, pose_2d = inputs()
+    lifter(features, pose_2d).pose_3d.sum().backward()
+    assert features.grad is None
+    assert all(p.grad is None for p in lifter.stage1_parameters())
+    assert any(p.grad.abs().sum() > 0 for p in lifter.stage2_parameters())
+
+
+def test_every_parameter_belongs_to_one_stage():
+    lifter, _ = twins()
+    groups = [{id(p) for p in group} for group in (lifter.stage1_parameters(), lifter.stage2_parameters())]
+    assert not groups[0] & groups[1]
+    assert groups[0] | groups[1] == {id(p) for p in lifter.parameters()}
+
+
+def test_output_contract():
+    lifter = models.build("lift-by-image", image_channels=6, grid=(8, 6), dim=32, heads=4)
+    lifted = lifter.eval()(torch.randn(2, 6, 8, 6), torch.rand(2, 17, 2))
+    assert lifted.pose_3d.shape == lifted.coarse_pose_3d.shape == (2, 17, 3)
+    assert not lifted.pose_3d[:, 0].any() and not lifted.coarse_pose_3d[:, 0].any()
+    assert lifted.index.shape == (2, 14)  # floor(0.3 · 48)
+    torch.testing.assert_close(lifted.importance.sum(1), torch.ones(2))
+
+
+def test_whole_lifter_compiles():
+    lifter, _ = twins(dtype=torch.float32)
+    features, pose_2d = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        expected = lifter(features, pose_2d)
+        actual = torch.compile(lifter, fullgraph=True)(features, pose_2d)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_position_channels():
+    channels = position_channels((2, 3))
+    assert channels.shape == (6, 16)
+    x = torch.tensor([-2 / 3, 0.0, 2 / 3]).repeat(2)
+    y = torch.tensor([-0.5, 0.5]).repeat_interleave(3)
+    for octave in range(4):
+        angle = torch.pi / 2 * 2**octave
+        expected = torch.stack([(x * angle).sin(), (y * angle).sin(), (x * angle).cos(), (y * angle).cos()], 1)
+        torch.testing.assert_close(channels[:, 4 * octave : 4 * octave + 4], expected)
+
+
+def test_pipeline_goes_from_image_to_pose():
+    lifter = models.build("lift-by-image", dim=32, heads=4)
+    pipeline = Pipeline(TinyEncoder(channels=32), lifter).eval()
+    lifted = pipeline(torch.randn(1, 3, 256, 192), torch.rand(1, 17, 2))
+    assert lifted.pose_3d.shape == (1, 17, 3) and lifted.index.shape == (1, 921)
+
+
+def test_pose_only_lifter_sees_no_image_but_every_joint():
+    lifter = PoseOnlyLifter(dim=32, heads=4, layers=2).eval()
+    pose_2d = torch.rand(2, 17, 2)
+    pose = lifter(pose_2d)
+    assert pose.shape == (2, 17, 3) and not pose[:, 0].any()
+    moved = pose_2d.clone()
+    moved[:, 16] += 0.5
+    assert (lifter(moved) != pose)[:, 1:].any(dim=2).all()
+
+
+def test_bad_input():
+    lifter, _ = twins()
+    features, pose_2d = inputs()
+    with pytest.raises(
+        ValueError, match=r"^LiftByImage: features must have shape \[B, 6, 8, 6\], got \[3, 5, 8, 6\]$"
+    ):
+        lifter(features[:, :5], pose_2d)
+    with pytest.raises(
+        ValueError, match=r"^LiftByImage: pose_2d must have shape \[3, 17, 2\], got \[3, 16, 2\]$"
+    ):
+        lifter(features, pose_2d[:, :16])
+    with pytest.raises(ValueError, match=r"^PoseOnlyLifter: pose_2d must have shape \[B, 17, 2\], got \[3, 16, 2\]$"):
+        PoseOnlyLifter(dim=32, heads=4)(pose_2d[:, :16])
+    with pytest.raises(ValueError, match="^lifter must be one of lift-by-image, pose-only, got 'videopose'$"):
+        models.build("videopose")
+    with pytest.raises(ValueError, match="^encoder must be one of hrnet-w32, hrnet-w48, tiny, got 'resnet'$"):
+        models.build_encoder("resnet")
+    with pytest.raises(ValueError, match="^Pipeline: encoder must give the lifter's 6 channels, got 32$"):
+        Pipeline(TinyEncoder(), lifter)
+    with pytest.raises(ValueError, match=r"^LiftByImageConfig: grid must be \(Hf, Wf\) of positive ints, got \(0, 4\)$"):
+        LiftByImageConfig(grid=(0, 4))
+    with pytest.raises(ValueError, match="^LiftByImageConfig: num_joints must be >= 1, got 0$"):
+        LiftByImageConfig(num_joints=0)

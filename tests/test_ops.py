@@ -1,0 +1,375 @@
+"""One suite for all ops: every case × backend × dtype against the float64 reference, and the shared promises."""
+
+import itertools
+
+import pytest
+import torch
+
+from liftbyimage import ops
+from liftbyimage.ops._explain import OPS, backends_of
+from liftbyimage.testing import CASES, Case, check_against_float64, convert, differentiable, make_inputs, run, spy
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {
+    "reference": (torch.float32, torch.float64),
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+
+def device_of(backend):
+    return "cpu" if backend == "cpu" else DEVICE
+
+
+def require(op, backend, inputs):
+    """Skip with the backend's own reason where it cannot serve."""
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    reason = {b.name: b for b in backends_of(op)}[backend].why_not(*tensors)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def combinations():
+    for op in OPS:
+        for backend, case in itertools.product(backends_of(op), CASES[op]):
+            interpreted = backend.name == "triton" and DEVICE == "cpu"
+            if interpreted and case.slow_interpreter:
+                continue
+            for dtype in DTYPES[backend.name]:
+                if interpreted and dtype == torch.bfloat16:
+                    continue  # the interpreter's tl.dot is wrong in bfloat16
+                name = f"{op}-{case}-{backend.name}-{str(dtype).removeprefix('torch.')}"
+                yield pytest.param(op, case, backend.name, dtype, id=name)
+
+
+@pytest.mark.parametrize("op, case, backend, dtype", list(combinations()))
+def test_forward_and_gradients_against_float64(op, case, backend, dtype):
+    inputs = make_inputs(op, case, dtype, device_of(backend))
+    require(op, backend, inputs)
+    check_against_float64(op, inputs, dtype, backend)
+
+
+def serving(op, *, floating64=False):
+    names = []
+    for backend in backends_of(op):
+        if floating64 and backend.name in ("triton", "cuda"):
+            continue
+        names.append(backend.name)
+    return names
+
+
+OP_BACKENDS = [(op, backend) for op in OPS for backend in serving(op)]
+SMALL = {
+    "attend_patches": Case("small", B=2, H=2, J=3, P=5, E=4, F=3, need_attention=True),
+    "pose_guided_attention": Case("small", B=2, H=2, J=3, P=5, E=4, F=3, D=6),
+    "prune_patches": Case("small", B=2, P=7, D=3, K=4),
+}
+
+
+@pytest.mark.parametrize("op, backend", [(op, b) for op in OPS for b in serving(op, floating64=True)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradcheck(op, backend, shared):
+    case = SMALL[op]
+    if shared:
+        case = Case("shared", B=2, H=2, J=3, P=5, E=4, F=4, D=4, K=2, value_is_key=True, patches_is_key=True)
+    inputs = make_inputs(op, case, torch.float64, device_of(backend))
+    require(op, backend, inputs)
+    inputs = differentiable(inputs, torch.float64)
+    names = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and n != "importance"]
+    names = [n for i, n in enumerate(names) if all(inputs[n] is not inputs[m] for m in names[:i])]
+
+    def function(*tensors):
+        replaced = {id(inputs[n]): t for n, t in zip(names, tensors, strict=True)}
+        call = {
+            n: replaced.get(id(v), v.detach() if isinstance(v, torch.Tensor) else v)
+            for n, v in inputs.items()
+        }
+        result = getattr(ops, op)(**call, backend=backend)
+        return tuple(v for v in result if v is not None and v.is_floating_point())
+
+    assert torch.autograd.gradcheck(function, [inputs[n] for n in names])
+
+
+@pytest.mark.parametrize("op, backend", OP_BACKENDS)
+def test_only_some_gradients_arrive(op, backend):
+    """Each output alone drives the backward; the rest of the incoming gradients are missing, not zero tensors."""
+    dtype = torch.float32
+    inputs = make_inputs(op, SMALL[op], dtype, device_of(backend))
+    require(op, backend, inputs)
+    reference = getattr(ops, op)(**differentiable(inputs, torch.float64), backend="reference")
+    for name in (n for n, v in reference._asdict().items() if v is not None and v.requires_grad):
+        grads = []
+        for dtype_, backend_ in ((torch.float64, "reference"), (dtype, backend)):
+            leaves = differentiable(inputs, dtype_)
+            output = getattr(getattr(ops, op)(**leaves, backend=backend_), name)
+            weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)
+            (output * weights.reshape(output.shape).to(output.dtype)).sum().backward()
+            grads.append({n: v.grad for n, v in leaves.items() if isinstance(v, torch.Tensor)})
+        for argument, expected in grads[0].items():
+            actual = grads[1][argument]
+            if expected is None:
+                assert actual is None or not actual.any(), (name, argument)
+            else:
+                actual = torch.zeros_like(expected) if actual is None else actual.double()
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, msg=f"{name} → {argument}")
+
+
+@pytest.mark.parametrize("op, backend", OP_BACKENDS)
+@pytest.mark.parametrize("frozen", ["query", "key"])
+def test_frozen_inputs_get_no_gradient(op, backend, frozen):
+    if op == "prune_patches":
+        frozen = "patches"
+    inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
+    require(op, backend, inputs)
+    expected = run(op, differentiable(inputs, torch.float32), backend)[1]
+    leaves = differentiable(inputs, torch.float32)
+    leaves[frozen].requires_grad_(False)
+    outputs, grads = run(op, leaves, backend)
+    assert frozen not in grads
+    assert all(torch.equal(grads[name], expected[name]) for name in grads)
+    assert bool(grads) == (op != "prune_patches")
+
+
+@pytest.mark.parametrize("op, backend", OP_BACKENDS)
+def test_bitwise_repeatable(op, backend):
+    inputs = make_inputs(op, CASES[op][0], torch.float32, device_of(backend))
+    require(op, backend, inputs)
+    first, first_grads = run(op, differentiable(inputs, torch.float32), backend)
+    for _ in range(2):
+        again, again_grads = run(op, differentiable(inputs, torch.float32), backend)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)
+
+
+@pytest.mark.parametrize(
+    "op, backend", [(op, b.name) for op in OPS for b in backends_of(op) if b.batch_independent]
+)
+def test_a_sample_does_not_depend_on_its_batch(op, backend):
+    case = Case("batch", B=5, H=4, J=17, P=96, E=32, F=32, D=32, K=28, value_is_key=True)
+    inputs = make_inputs(op, case, torch.float32, device_of(backend))
+    require(op, backend, inputs)
+    whole, whole_grads = run(op, differentiable(inputs, torch.float32), backend)
+    alone = convert(inputs, lambda tensor: tensor[3:4])
+    result = getattr(ops, op)(**alone, backend=backend)._asdict()
+    for name, value in whole.items():
+        assert torch.equal(value[3:4], result[name]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_result_does_not_depend_on_threads(op):
+    inputs = make_inputs(op, Case("threads", B=1, H=8, P=700, E=64, F=64, D=64, K=210), torch.float32)
+    require(op, "cpu", inputs)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(run(op, differentiable(inputs, torch.float32), "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for first, second in zip(*results, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    import importlib
+
+    module = importlib.import_module(f"liftbyimage.ops.{op}")
+    inputs = make_inputs(op, SMALL[op], torch.float32)
+    require(op, "cpu", inputs)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    rest = {
+        "attend_patches": [0.5, True],
+        "pose_guided_attention": [0.5],
+        "prune_patches": [inputs.get("keep")],
+    }[op]
+    forward, backward = module._native_forward, module._native_backward
+    torch.library.opcheck(forward, (*tensors, *rest), test_utils=tests)
+    outputs = forward(*tensors, *rest)
+    if op == "prune_patches":
+        arguments = (torch.randn_like(outputs[0]), outputs[1], inputs["patches"].shape[1])
+    elif op == "attend_patches":
+        grads = [torch.randn_like(output) for output in outputs[:3]]
+        arguments = (*grads, *tensors, outputs[0], outputs[3], 0.5, True)
+    else:
+        grads = [torch.randn_like(output) for output in outputs[:3]]
+        arguments = (*grads, *tensors[:4], outputs[0], outputs[3], 0.5, True, False)
+    torch.library.opcheck(backward, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compile_fullgraph(op, backend):
+    inputs = make_inputs(op, SMALL[op], torch.float32)
+    require(op, backend, inputs)
+
+    def call(**arguments):
+        return tuple(v for v in getattr(ops, op)(**arguments, backend=backend) if v is not None)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    eager_leaves, compiled_leaves = (differentiable(inputs, torch.float32) for _ in range(2))
+    expected, actual = call(**eager_leaves), compiled(**compiled_leaves)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    for outputs in (expected, actual):
+        sum(o.float().square().sum() for o in outputs if o.requires_grad).backward()
+    for name, leaf in eager_leaves.items():
+        if isinstance(leaf, torch.Tensor) and leaf.grad is not None:
+            torch.testing.assert_close(compiled_leaves[name].grad, leaf.grad)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_chooses_the_backend_and_keeps_one_tensor_one(op):
+    case = CASES[op][-1] if op == "prune_patches" else Case("one", value_is_key=True, patches_is_key=True)
+    inputs = make_inputs(op, case, torch.float32)
+    compiled = torch.compile(lambda **arguments: getattr(ops, op)(**arguments)[0], fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs), getattr(ops, op)(**inputs)[0])
+
+
+@pytest.mark.parametrize("op, backend", OP_BACKENDS)
+def test_autocast_casts_inputs(op, backend):
+    inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
+    require(op, backend, inputs)
+    low = torch.float16 if backend == "triton" and DEVICE == "cpu" else torch.bfloat16
+    with torch.autocast(device_of(backend), dtype=low):
+        result = getattr(ops, op)(**inputs, backend=backend)
+    explicit = convert(inputs, lambda tensor: tensor.to(low))
+    if op == "prune_patches":
+        explicit["importance"] = inputs["importance"]
+    expected = getattr(ops, op)(**explicit, backend=backend)
+    assert result[0].dtype == low
+    assert all(
+        torch.equal(a, b) for a, b in zip(result, expected, strict=True) if isinstance(a, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_leaves_float64_alone(op):
+    inputs = make_inputs(op, SMALL[op], torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert getattr(ops, op)(**inputs)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("op, backend", OP_BACKENDS)
+def test_the_intended_backend_runs(op, backend, monkeypatch):
+    inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
+    require(op, backend, inputs)
+    with spy(op, monkeypatch) as ran:
+        getattr(ops, op)(**inputs, backend=backend)
+    assert ran == ([] if backend == "reference" else [backend])
+
+
+@pytest.mark.parametrize("op, backend", OP_BACKENDS)
+def test_every_output_is_written(op, backend):
+    """Uninitialised memory is filled with NaN, so that an output left unwritten shows."""
+    inputs = make_inputs(op, Case("poison", P=37, J=5, need_attention=True, K=11), torch.float32, device_of(backend))
+    require(op, backend, inputs)
+    previous = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        check_against_float64(op, inputs, torch.float32, backend)
+    finally:
+        torch.use_deterministic_algorithms(previous)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.mark.parametrize("op, backend", [pair for pair in OP_BACKENDS if pair[0] != "prune_patches"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_reaches_what_depends_on_it(op, backend, bad):
+    inputs = make_inputs(op, Case("nan", P=9, J=3), torch.float32, device_of(backend))
+    require(op, backend, inputs)
+    inputs["query"][0, 1, 2] = bad
+    result = getattr(ops, op)(**inputs, backend=backend)
+    assert result.context[0, 1, 2].isnan().all()
+    others = torch.ones(result.context.shape[:3], dtype=torch.bool, device=result.context.device)
+    others[0, 1, 2] = False
+    assert result.context[others].isfinite().all()
+    assert result.importance[0].isnan().all() and result.importance[1].isfinite().all()
+    if op == "pose_guided_attention":
+        assert result.patches[0].isnan().all() and result.patches[1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("prune_patches")])
+def test_prune_order(backend):
+    nan, inf = float("nan"), float("inf")
+    importance = torch.tensor(
+        [
+            [nan, 1.0, -inf, nan, 2.0, 1.0, 0.0, -0.0],
+            [nan, nan, nan, nan, nan, nan, nan, nan],
+            [0.0, -0.0, 0.0, -0.0, 0.0, -0.0, 0.0, -0.0],
+            [-inf, nan, -inf, inf, -1.0, -2.0, inf, nan],
+        ],
+        device=device_of(backend),
+    )
+    patches = torch.arange(32.0, device=importance.device).reshape(4, 8, 1)
+    require("prune_patches", backend, {"patches": patches, "importance": importance})
+    expected = {
+        1: [[4], [0], [0], [3]],
+        2: [[1, 4], [0, 1], [0, 1], [3, 6]],
+        5: [[1, 4, 5, 6, 7], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 3, 4, 5, 6]],
+        7: [[0, 1, 2, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]],
+    }
+    for keep, index in expected.items():
+        kept = ops.prune_patches(patches, importance, keep, backend=backend)
+        assert kept.index.tolist() == index
+        assert torch.equal(kept.patches[..., 0], torch.gather(patches[..., 0], 1, kept.index))
+
+
+def test_prune_equals_topk_without_ties():
+    importance = torch.randperm(3072).float()[None]
+    patches = torch.randn(1, 3072, 8)
+    kept = ops.prune_patches(patches, importance, 921)
+    expected = torch.topk(importance, 921).indices.sort(dim=1).values
+    assert torch.equal(kept.index, expected)
+
+
+@pytest.mark.parametrize(
+    "num_patches, retention, expected", [(3072, 0.3, 921), (3072, 1.0, 3072), (1, 0.01, 1), (10, 0.05, 1)]
+)
+def test_keep_count(num_patches, retention, expected):
+    assert ops.keep_count(num_patches, retention) == expected
+
+
+def test_attention_is_scaled_dot_product_attention():
+    inputs = make_inputs("attend_patches", Case("sdpa", shared_head=False), torch.float32)
+    expected = torch.nn.functional.scaled_dot_product_attention(**{k: inputs[k] for k in ("query", "key", "value")})
+    torch.testing.assert_close(ops.attend_patches(**inputs).context, expected)
+
+
+def test_scale_zero_is_not_mistaken_for_none():
+    inputs = make_inputs("attend_patches", SMALL["attend_patches"], torch.float32)
+    result = ops.attend_patches(**inputs, scale=0.0)
+    torch.testing.assert_close(result.importance, torch.full_like(result.importance, 1 / 5))
+
+
+def test_importance_sums_to_one_and_attention_is_patch_major():
+    inputs = make_inputs("attend_patches", Case("layout", P=33, need_attention=True), torch.float32)
+    result = ops.attend_patches(**inputs)
+    torch.testing.assert_close(result.importance.sum(1), torch.ones(2))
+    assert result.attention.stride() == (33 * 68, 17, 1, 68)
+    torch.testing.assert_close(result.attention.mean((1, 2)), result.importance)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_flop_counter_counts_the_products(op):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = make_inputs(op, SMALL[op], torch.float32)
+    require(op, "cpu", inputs)
+    counts = {}
+    for backend in ("cpu", "reference"):
+        with FlopCounterMode(display=False) as counter:
+            getattr(ops, op)(**inputs, backend=backend)
+        counts[backend] = counter.get_total_flops()
+    assert counts["cpu"] == counts["reference"]
+    multiply_adds = {
+        "attend_patches": 2 * 2 * 3 * 5 * (4 + 3),
+        "pose_guided_attention": 2 * 2 * 3 * 5 * (4 + 3 + 6),
+        "prune_patches": 0,
+    }
+    assert counts["cpu"] == 2 * multiply_adds[op]

@@ -1,0 +1,185 @@
+"""Exact error texts of the public ops: the op, the argument, what was expected, what came."""
+
+import re
+
+import pytest
+import torch
+
+from liftbyimage import ops
+from liftbyimage.testing import Case, make_inputs
+
+SMALL = Case("small", B=2, H=2, J=3, P=5, E=4, F=6, D=6, K=4, shared_head=False)
+
+
+def call(op, **changes):
+    inputs = make_inputs(op, SMALL, torch.float32)
+    inputs.update(changes)
+    return getattr(ops, op)(**inputs)
+
+
+@pytest.mark.parametrize(
+    "op, changes, error, text",
+    [
+        ("attend_patches", {"query": [1.0]}, TypeError, "query must be a tensor [B, H, J, E], got list"),
+        (
+            "attend_patches",
+            {"query": torch.zeros(2, 3)},
+            ValueError,
+            "query must have shape [B, H, J, E], got [2, 3]",
+        ),
+        (
+            "attend_patches",
+            {"key": torch.zeros(2, 2, 5, 4, dtype=torch.int64)},
+            TypeError,
+            "key must be float32, float16, bfloat16 or float64, got torch.int64",
+        ),
+        (
+            "attend_patches",
+            {"key": torch.zeros(2, 3, 5, 4)},
+            ValueError,
+            "key must have Hk = 1 or Hk = H = 2 heads, got 3",
+        ),
+        (
+            "attend_patches",
+            {"key": torch.zeros(2, 2, 5, 7)},
+            ValueError,
+            "key must have shape [B, Hk, P, E] = [2, 2, 5, 4], got [2, 2, 5, 7]",
+        ),
+        (
+            "attend_patches",
+            {"value": torch.zeros(2, 2, 4, 6)},
+            ValueError,
+            "value must have shape [B, Hk, P, F] = [2, 2, 5, 6], got [2, 2, 4, 6]",
+        ),
+        (
+            "attend_patches",
+            {"value": torch.zeros(2, 2, 5, 6, dtype=torch.float64)},
+            TypeError,
+            "value must have query's dtype torch.float32, got torch.float64",
+        ),
+        (
+            "attend_patches",
+            {"value": torch.zeros(2, 2, 5, 6, device="meta")},
+            ValueError,
+            "value must be on query's device cpu, got meta",
+        ),
+        (
+            "attend_patches",
+            {"query": torch.zeros(2, 2, 0, 4)},
+            ValueError,
+            "query must have J >= 1, got [2, 2, 0, 4]",
+        ),
+        ("attend_patches", {"scale": "big"}, TypeError, "scale must be a finite float or None, got str"),
+        (
+            "attend_patches",
+            {"scale": float("nan")},
+            ValueError,
+            "scale must be a finite float or None, got nan",
+        ),
+        (
+            "attend_patches",
+            {"backend": "fast"},
+            ValueError,
+            "backend must be one of cpu, triton, reference, got 'fast'",
+        ),
+        (
+            "attend_patches",
+            {"backend": ""},
+            ValueError,
+            "backend must be one of cpu, triton, reference, got ''",
+        ),
+        (
+            "pose_guided_attention",
+            {"pose_value": torch.zeros(2, 2, 3, 5)},
+            ValueError,
+            "pose_value must have shape [B, H, J, D] = [2, 2, 3, 6], got [2, 2, 3, 5]",
+        ),
+        (
+            "pose_guided_attention",
+            {"patches": torch.zeros(2, 4, 6)},
+            ValueError,
+            "patches must have shape [B, P, D] = [2, 5, 6], got [2, 4, 6]",
+        ),
+        (
+            "pose_guided_attention",
+            {"patches": torch.zeros(2, 5, 6, dtype=torch.bfloat16)},
+            TypeError,
+            "patches must have query's dtype torch.float32, got torch.bfloat16",
+        ),
+        (
+            "prune_patches",
+            {"keep": 6},
+            ValueError,
+            "keep must satisfy 1 <= keep <= P = 5, got 6",
+        ),
+        ("prune_patches", {"keep": 0}, ValueError, "keep must satisfy 1 <= keep <= P = 5, got 0"),
+        ("prune_patches", {"keep": 2.0}, TypeError, "keep must be an int, got float"),
+        ("prune_patches", {"keep": True}, TypeError, "keep must be an int, got bool"),
+        (
+            "prune_patches",
+            {"importance": torch.zeros(2, 4)},
+            ValueError,
+            "importance must have shape [B, P] = [2, 5], got [2, 4]",
+        ),
+        (
+            "prune_patches",
+            {"importance": torch.zeros(2, 5, dtype=torch.int32)},
+            TypeError,
+            "importance must be float32, float16, bfloat16 or float64, got torch.int32",
+        ),
+        (
+            "prune_patches",
+            {"importance": torch.zeros(2, 5, device="meta")},
+            ValueError,
+            "importance must be on patches's device cpu, got meta",
+        ),
+    ],
+)
+def test_message(op, changes, error, text):
+    with pytest.raises(error, match=f"^{re.escape(f'{op}: {text}')}$"):
+        call(op, **changes)
+
+
+def test_patches_that_are_key_need_one_shared_head():
+    inputs = make_inputs("pose_guided_attention", SMALL, torch.float32)
+    inputs["patches"] = inputs["key"]
+    expected = "pose_guided_attention: patches may be key itself only where Hk = 1, got Hk = 2"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        ops.pose_guided_attention(**inputs)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        ((0, 0.5), ValueError, "num_patches must be an int >= 1, got 0"),
+        ((3.0, 0.5), TypeError, "num_patches must be an int >= 1, got float"),
+        ((3, 0.0), ValueError, "retention must satisfy 0 < retention <= 1, got 0.0"),
+        ((3, 1.5), ValueError, "retention must satisfy 0 < retention <= 1, got 1.5"),
+        ((3, float("nan")), ValueError, "retention must satisfy 0 < retention <= 1, got nan"),
+    ],
+)
+def test_keep_count_messages(arguments, error, text):
+    with pytest.raises(error, match=f"^{re.escape(f'keep_count: {text}')}$"):
+        ops.keep_count(*arguments)
+
+
+def test_a_demanded_backend_that_cannot_serve_says_why(monkeypatch):
+    monkeypatch.setenv("LIFTBYIMAGE_BACKEND", "cuda")
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine where CUDA cannot serve CPU tensors of this test")
+    with pytest.raises(ValueError, match="^prune_patches: backend 'cuda' cannot serve this call: "):
+        call("prune_patches")
+
+
+def test_environment_demands_a_backend(monkeypatch):
+    inputs = make_inputs("prune_patches", SMALL, torch.float32)
+    monkeypatch.setenv("LIFTBYIMAGE_BACKEND", "reference")
+    served = [status.name for status in ops.explain("prune_patches", inputs["patches"]) if status.serves]
+    assert served == ["reference"]
+
+
+def test_explain_messages():
+    with pytest.raises(ValueError, match="^explain: op must be one of attend_patches, "):
+        ops.explain("attend", torch.zeros(1))
+    with pytest.raises(ValueError, match="^explain: tensors must hold the call's tensor arguments, got none$"):
+        ops.explain("prune_patches")
