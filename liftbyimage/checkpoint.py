@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from liftbyimage import models
+from liftbyimage._files import write_atomically
 
 FORMAT = "liftbyimage-checkpoint-1"
 
 
+PARTS = ("lifter", "lifter_config", "encoder", "encoder_config", "lifter_state", "encoder_state")
+
+
 def save_atomically(value: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save to a temporary file beside `path`, then rename: `path` is either the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(value, file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """torch.save, such that `path` is either the old file or the whole new one."""
+    write_atomically(path, lambda file: torch.save(value, file))
 
 
 def save_pipeline(
@@ -39,13 +32,15 @@ def save_pipeline(
     encoder_config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     extra: Mapping[str, Any] | None = None,
+    with_encoder: bool = True,
 ) -> None:
     """Write a Lifting by Image pipeline.
 
     Args:
-        encoder, encoder_config: the name and keyword arguments that `models.build_encoder` needs to make it again.
+        encoder, encoder_config: the name and keyword arguments with which `models.build_encoder` makes it.
         dtype: store floating-point weights in this dtype (float16 halves the file); None keeps theirs.
         extra: plain values and tensors to store beside the weights.
+        with_encoder: False leaves the encoder's weights out, for an HRNet whose official file is at hand.
     """
     save_atomically(
         {
@@ -55,7 +50,7 @@ def save_pipeline(
             "encoder": encoder,
             "encoder_config": dict(encoder_config or {}),
             "lifter_state": cast_state(pipeline.lifter, dtype),
-            "encoder_state": cast_state(pipeline.encoder, dtype),
+            "encoder_state": cast_state(pipeline.encoder, dtype) if with_encoder else None,
             **(extra or {}),
         },
         path,
@@ -66,8 +61,7 @@ def cast_state(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor
     """A module's state dict with its floating-point tensors in `dtype`."""
     state = module.state_dict()
     return {
-        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in state.items()
     }
 
 
@@ -77,31 +71,75 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, is no PyTorch file, or is no liftbyimage checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path}: no such file")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a broken or foreign file
-        raise ValueError(f"checkpoint {path}: not a readable PyTorch file of plain tensors") from error
+    contents = _read_tensors(path, "checkpoint")
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
         raise ValueError(f"checkpoint {path}: expected format {FORMAT!r}, got {found!r}")
+    missing = [part for part in PARTS if part not in contents]
+    if missing:
+        raise ValueError(f"checkpoint {path}: expected {', '.join(PARTS)}, got none of {', '.join(missing)}")
     return contents
 
 
-def load_pipeline(path: str | os.PathLike[str]) -> models.Pipeline:
+def _read_tensors(path: str | os.PathLike[str], what: str) -> Any:
+    if not Path(path).is_file():
+        raise ValueError(f"{what} {path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken or foreign file
+        raise ValueError(f"{what} {path}: not a readable PyTorch file of plain tensors") from error
+
+
+def load_pipeline(
+    path: str | os.PathLike[str], encoder_weights: str | os.PathLike[str] | None = None
+) -> models.Pipeline:
     """The pipeline a checkpoint holds, in float32 and evaluation mode.
 
+    Args:
+        path: the checkpoint.
+        encoder_weights: a file of official HRNet weights to use instead of the checkpoint's own encoder
+            weights; of the width, w32 or w48, that the checkpoint's lifter was made for.
+
     Raises:
-        ValueError: as `read_checkpoint`; or its weights do not fit the configuration it states.
+        ValueError: as `read_checkpoint`; its weights do not fit the configuration it states; it holds no
+            encoder weights and none are given; or the given ones are not of the HRNet that its lifter needs.
     """
     contents = read_checkpoint(path)
+    if contents["lifter"] != "lift-by-image":
+        raise ValueError(f"checkpoint {path}: lifter must be 'lift-by-image', got {contents['lifter']!r}")
     lifter = models.build(contents["lifter"], **contents["lifter_config"])
-    encoder = models.build_encoder(contents["encoder"], **contents["encoder_config"])
-    for part, module in (("lifter", lifter), ("encoder", encoder)):
-        load_state(module, contents[f"{part}_state"], f"checkpoint {path}: {part}")
+    load_state(lifter, contents["lifter_state"], f"checkpoint {path}: lifter")
+    if encoder_weights is not None:
+        encoder: nn.Module = _official_encoder(encoder_weights, contents["encoder"], path)
+    elif contents["encoder_state"] is None:
+        raise ValueError(
+            f"checkpoint {path}: holds no encoder weights, give a file of official {contents['encoder']} weights"
+        )
+    else:
+        encoder = models.build_encoder(contents["encoder"], **contents["encoder_config"])
+        load_state(encoder, contents["encoder_state"], f"checkpoint {path}: encoder")
     return models.Pipeline(encoder, lifter).eval()  # type: ignore[arg-type]
+
+
+def _official_encoder(
+    weights_path: str | os.PathLike[str], wanted: str, checkpoint: str | os.PathLike[str]
+) -> models.HRNet:
+    """The HRNet whose width and joints are those of a file's heatmap layer, with the file's weights."""
+    weights = _read_tensors(weights_path, "encoder weights")
+    named = weights if isinstance(weights, dict) else {}
+    heads = [named[name] for name in ("final_layer.weight", "module.final_layer.weight") if name in named]
+    if not heads or not isinstance(heads[0], Tensor) or heads[0].dim() != 4:
+        raise ValueError(
+            f"encoder weights {weights_path}: expected official HRNet pose weights with final_layer.weight "
+            "[joints, width, 1, 1], got no such tensor"
+        )
+    joints, width = heads[0].shape[:2]
+    if wanted != f"hrnet-w{width}":
+        raise ValueError(
+            f"encoder weights {weights_path} are of hrnet-w{width}, but the lifter of "
+            f"checkpoint {checkpoint} was made for the encoder {wanted}"
+        )
+    return models.HRNet(width, joints).load_official(weights)
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -28,8 +28,7 @@ def _poses(function: str, predicted: Tensor, target: Tensor) -> tuple[Tensor, Te
             raise ValueError(f"{function}: {name} must be [..., J, 3], got {list(pose.shape)}")
     if predicted.shape != target.shape:
         raise ValueError(
-            f"{function}: target must have the shape of predicted, {list(predicted.shape)}, "
-            f"got {list(target.shape)}"
+            f"{function}: target must have the shape of predicted, {list(predicted.shape)}, got {list(target.shape)}"
         )
     dtype = torch.promote_types(torch.promote_types(predicted.dtype, target.dtype), torch.float32)
     return predicted.to(dtype), target.to(dtype)

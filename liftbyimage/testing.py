@@ -1,8 +1,8 @@
 """What tests and benchmarks share: the cases of every op, the tolerance table and the comparison against float64.
 
-The rule (one for all cases, forward and gradients): against the float64 reference on the same inputs, the largest error is at
-most twice what the plain PyTorch reference makes in the same dtype, plus `TOLERANCE[dtype]` times the RMS of the output, and
-the cosine similarity is at least `MIN_COSINE[dtype]`.
+The rule (one for all cases, forward and gradients): against the float64 reference on the same inputs, the largest
+error is at most twice what the plain PyTorch reference makes in the same dtype, plus `TOLERANCE[dtype]` times the
+RMS of the output, and the cosine similarity is at least `MIN_COSINE[dtype]`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Case:
     value_is_key: bool = False
     patches_is_key: bool = False
     need_attention: bool = False
-    layout: str = "contiguous"  # "strided": every tensor is a transposed view; "expanded": one sample for the whole batch
+    layout: str = (
+        "contiguous"  # "strided": every tensor is a transposed view; "expanded": one sample for the whole batch
+    )
     magnitude: float = 1.0
     ties: bool = False
     slow_interpreter: bool = False  # too much work for an interpreted kernel
@@ -158,9 +160,7 @@ def differentiable(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, A
     return convert(inputs, lambda tensor: tensor.detach().to(dtype).requires_grad_())
 
 
-def run(
-    op: str, inputs: Mapping[str, Any], backend: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def run(op: str, inputs: Mapping[str, Any], backend: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs by name and, for a fixed seeded cotangent on every differentiable output, gradients by input name."""
     result = getattr(ops, op)(**inputs, backend=backend)
     outputs = {name: value for name, value in result._asdict().items() if value is not None}
@@ -211,9 +211,7 @@ def check_against_float64(op: str, inputs: Mapping[str, Any], dtype: torch.dtype
         else:
             assert_close(name, actual[name], oracle[name], plain[name], dtype)
     for name in oracle_grads:
-        assert_close(
-            f"gradient of {name}", actual_grads[name], oracle_grads[name], plain_grads[name], dtype
-        )
+        assert_close(f"gradient of {name}", actual_grads[name], oracle_grads[name], plain_grads[name], dtype)
 
 
 @contextmanager

@@ -32,9 +32,7 @@ def inputs(config=SMALL, batch=3, dtype=torch.float64):
 @pytest.mark.parametrize("image_feed_forward", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_equals_the_plain_lifter_with_gradients(image_feed_forward, training):
-    config = LiftByImageConfig(
-        **{**SMALL.to_dict(), "dim": 48, "image_feed_forward": image_feed_forward}
-    )
+    config = LiftByImageConfig(**{**SMALL.to_dict(), "dim": 48, "image_feed_forward": image_feed_forward})
     lifter, reference = twins(config)
     features, pose_2d = inputs(config)
     results = []
@@ -116,13 +114,9 @@ def test_pose_only_lifter_sees_no_image_but_every_joint():
 def test_bad_input():
     lifter, _ = twins()
     features, pose_2d = inputs()
-    with pytest.raises(
-        ValueError, match=r"^LiftByImage: features must have shape \[B, 6, 8, 6\], got \[3, 5, 8, 6\]$"
-    ):
+    with pytest.raises(ValueError, match=r"^LiftByImage: features must have shape \[B, 6, 8, 6\], got \[3, 5, 8, 6\]$"):
         lifter(features[:, :5], pose_2d)
-    with pytest.raises(
-        ValueError, match=r"^LiftByImage: pose_2d must have shape \[3, 17, 2\], got \[3, 16, 2\]$"
-    ):
+    with pytest.raises(ValueError, match=r"^LiftByImage: pose_2d must have shape \[3, 17, 2\], got \[3, 16, 2\]$"):
         lifter(features, pose_2d[:, :16])
     with pytest.raises(ValueError, match=r"^PoseOnlyLifter: pose_2d must have shape \[B, 17, 2\], got \[3, 16, 2\]$"):
         PoseOnlyLifter(dim=32, heads=4)(pose_2d[:, :16])
@@ -132,7 +126,9 @@ def test_bad_input():
         models.build_encoder("resnet")
     with pytest.raises(ValueError, match="^Pipeline: encoder must give the lifter's 6 channels, got 32$"):
         Pipeline(TinyEncoder(), lifter)
-    with pytest.raises(ValueError, match=r"^LiftByImageConfig: grid must be \(Hf, Wf\) of positive ints, got \(0, 4\)$"):
+    with pytest.raises(
+        ValueError, match=r"^LiftByImageConfig: grid must be \(Hf, Wf\) of positive ints, got \(0, 4\)$"
+    ):
         LiftByImageConfig(grid=(0, 4))
     with pytest.raises(ValueError, match="^LiftByImageConfig: num_joints must be >= 1, got 0$"):
         LiftByImageConfig(num_joints=0)

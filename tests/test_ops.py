@@ -81,10 +81,7 @@ def test_gradcheck(op, backend, shared):
 
     def function(*tensors):
         replaced = {id(inputs[n]): t for n, t in zip(names, tensors, strict=True)}
-        call = {
-            n: replaced.get(id(v), v.detach() if isinstance(v, torch.Tensor) else v)
-            for n, v in inputs.items()
-        }
+        call = {n: replaced.get(id(v), v.detach() if isinstance(v, torch.Tensor) else v) for n, v in inputs.items()}
         result = getattr(ops, op)(**call, backend=backend)
         return tuple(v for v in result if v is not None and v.is_floating_point())
 
@@ -142,9 +139,7 @@ def test_bitwise_repeatable(op, backend):
         assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)
 
 
-@pytest.mark.parametrize(
-    "op, backend", [(op, b.name) for op in OPS for b in backends_of(op) if b.batch_independent]
-)
+@pytest.mark.parametrize("op, backend", [(op, b.name) for op in OPS for b in backends_of(op) if b.batch_independent])
 def test_a_sample_does_not_depend_on_its_batch(op, backend):
     case = Case("batch", B=5, H=4, J=17, P=96, E=32, F=32, D=32, K=28, value_is_key=True)
     inputs = make_inputs(op, case, torch.float32, device_of(backend))
@@ -241,9 +236,7 @@ def test_autocast_casts_inputs(op, backend):
         explicit["importance"] = inputs["importance"]
     expected = getattr(ops, op)(**explicit, backend=backend)
     assert result[0].dtype == low
-    assert all(
-        torch.equal(a, b) for a, b in zip(result, expected, strict=True) if isinstance(a, torch.Tensor)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True) if isinstance(a, torch.Tensor))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -37,8 +37,7 @@ def _coefficients(distortion: ArrayLike | None) -> np.ndarray:
     values = np.asarray(distortion, dtype=np.float64)
     if values.ndim < 1 or values.shape[-1] not in (4, 5):
         raise ValueError(
-            "distortion must be [..., 5] (k1, k2, p1, p2, k3) or [..., 4] without k3, "
-            f"got {list(values.shape)}"
+            f"distortion must be [..., 5] (k1, k2, p1, p2, k3) or [..., 4] without k3, got {list(values.shape)}"
         )
     if values.shape[-1] == 4:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)

@@ -34,9 +34,7 @@ def _row(values: Sequence[float], like: Array) -> Array:
     return np.asarray(values, dtype=like.dtype)
 
 
-def _floating(
-    values: Array, function: str, name: str, last: Sequence[int], joints: int | None = None
-) -> Array:
+def _floating(values: Array, function: str, name: str, last: Sequence[int], joints: int | None = None) -> Array:
     shape = list(values.shape)
     expected = ([joints] if joints else []) + [" or ".join(map(str, last))]
     fits = len(shape) >= len(expected) and shape[-1] in last and (joints is None or shape[-2] == joints)
@@ -47,9 +45,7 @@ def _floating(
     return values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)
 
 
-def box_to_crop_matrix(
-    box: ArrayLike, size: tuple[int, int] = CROP_SIZE, padding: float = 1.25
-) -> np.ndarray:
+def box_to_crop_matrix(box: ArrayLike, size: tuple[int, int] = CROP_SIZE, padding: float = 1.25) -> np.ndarray:
     """The affine map from full-image pixels to crop pixels.
 
     The box is enlarged about its centre, first to the crop's aspect, then by ``padding``; its centre lands on
@@ -68,9 +64,7 @@ def box_to_crop_matrix(
         raise ValueError(f"box_to_crop_matrix: box must be [..., 4] (x0, y0, x1, y1), got {list(box.shape)}")
     extent = box[..., 2:] - box[..., :2]  # [..., 2] width, height
     if not (np.isfinite(box).all() and (extent > 0).all()):
-        raise ValueError(
-            f"box_to_crop_matrix: box must be finite with x0 < x1 and y0 < y1, got {box.tolist()}"
-        )
+        raise ValueError(f"box_to_crop_matrix: box must be finite with x0 < x1 and y0 < y1, got {box.tolist()}")
     if not padding > 0:
         raise ValueError(f"box_to_crop_matrix: padding must be more than 0, got {padding}")
     crop_extent = np.array([size[1], size[0]], dtype=np.float64)

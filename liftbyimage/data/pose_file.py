@@ -138,16 +138,12 @@ def _parse_keypoints(label: str, keypoints: Any, names: tuple[str, ...]) -> np.n
 def _parse_box(label: str, box: Any) -> np.ndarray:
     numbers = isinstance(box, list) and len(box) == 4 and all(_is_number(v) and _is_finite(v) for v in box)
     if not (numbers and box[0] < box[2] and box[1] < box[3]):
-        raise ValueError(
-            f"{label} has box {json.dumps(box)}, expected [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
-        )
+        raise ValueError(f"{label} has box {json.dumps(box)}, expected [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
     return np.array(box, dtype=np.float64)
 
 
 def _default_box(label: str, keypoints: np.ndarray) -> np.ndarray:
-    low, high = (
-        (keypoints.min(axis=0), keypoints.max(axis=0)) if len(keypoints) else (np.zeros(2), np.zeros(2))
-    )
+    low, high = (keypoints.min(axis=0), keypoints.max(axis=0)) if len(keypoints) else (np.zeros(2), np.zeros(2))
     margin = BOX_MARGIN * (high - low).max()
     if not margin > 0:
         raise ValueError(f'{label} needs a "box": its keypoints span no area to derive one from')

@@ -26,9 +26,7 @@ JOINT_NAMES: tuple[str, ...] = (
 
 PARENTS: tuple[int, ...] = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15)
 
-BONES: tuple[tuple[int, int], ...] = tuple(
-    (parent, child) for child, parent in enumerate(PARENTS) if parent >= 0
-)
+BONES: tuple[tuple[int, int], ...] = tuple((parent, child) for child, parent in enumerate(PARENTS) if parent >= 0)
 
 FLIP_PAIRS: tuple[tuple[int, int], ...] = ((4, 1), (5, 2), (6, 3), (11, 14), (12, 15), (13, 16))
 
@@ -100,8 +98,6 @@ def coco_to_h36m(keypoints: np.ndarray) -> np.ndarray:
     """
     keypoints = np.asarray(keypoints)
     if keypoints.ndim < 2 or keypoints.shape[-2] != len(COCO_NAMES) or keypoints.shape[-1] not in (2, 3):
-        raise ValueError(
-            f"coco_to_h36m: keypoints must be [..., 17, 2] or [..., 17, 3], got {list(keypoints.shape)}"
-        )
+        raise ValueError(f"coco_to_h36m: keypoints must be [..., 17, 2] or [..., 17, 3], got {list(keypoints.shape)}")
     dtype = keypoints.dtype if np.issubdtype(keypoints.dtype, np.floating) else np.dtype(np.float64)
     return (_COCO_WEIGHTS @ keypoints.astype(np.float64)).astype(dtype)  # [..., 17, 2 or 3]

@@ -15,13 +15,10 @@ def check_images(owner: str, images: Tensor, weight: Tensor, multiple: int) -> N
     height, width = images.shape[2:]
     if height < multiple or width < multiple or height % multiple or width % multiple:
         raise ValueError(
-            f"{owner}: images must have height and width that are multiples of {multiple}, "
-            f"got {height}x{width}"
+            f"{owner}: images must have height and width that are multiples of {multiple}, got {height}x{width}"
         )
     if images.device != weight.device:
-        raise ValueError(
-            f"{owner}: images must be on the weights' device {weight.device}, got {images.device}"
-        )
+        raise ValueError(f"{owner}: images must be on the weights' device {weight.device}, got {images.device}")
     device = images.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if images.dtype != weight.dtype and not autocast:

@@ -32,9 +32,7 @@ def decode_heatmaps(heatmaps: Tensor, crop_matrix: Tensor | None = None) -> tupl
     """
     _check_heatmaps("decode_heatmaps", "heatmaps", heatmaps)
     if heatmaps.shape[2] == 0 or heatmaps.shape[3] == 0:
-        raise ValueError(
-            f"decode_heatmaps: heatmaps must have at least one pixel, got {list(heatmaps.shape)}"
-        )
+        raise ValueError(f"decode_heatmaps: heatmaps must have at least one pixel, got {list(heatmaps.shape)}")
     if crop_matrix is not None:
         _check_crop_matrix(crop_matrix, heatmaps)
 
@@ -129,30 +127,22 @@ def _check_heatmaps(op: str, name: str, heatmaps: Tensor) -> None:
 
 def _check_crop_matrix(crop_matrix: Tensor, heatmaps: Tensor) -> None:
     if not isinstance(crop_matrix, Tensor):
-        raise TypeError(
-            f"decode_heatmaps: crop_matrix must be a torch.Tensor, got {type(crop_matrix).__name__}"
-        )
+        raise TypeError(f"decode_heatmaps: crop_matrix must be a torch.Tensor, got {type(crop_matrix).__name__}")
     if not crop_matrix.is_floating_point():
-        raise TypeError(
-            f"decode_heatmaps: crop_matrix must be a floating-point tensor, got {crop_matrix.dtype}"
-        )
+        raise TypeError(f"decode_heatmaps: crop_matrix must be a floating-point tensor, got {crop_matrix.dtype}")
     expected = [heatmaps.shape[0], 2, 3]
     if list(crop_matrix.shape) != expected:
         raise ValueError(
-            f"decode_heatmaps: crop_matrix must have shape [B, 2, 3] = {expected}, "
-            f"got {list(crop_matrix.shape)}"
+            f"decode_heatmaps: crop_matrix must have shape [B, 2, 3] = {expected}, got {list(crop_matrix.shape)}"
         )
     if crop_matrix.device != heatmaps.device:
         raise ValueError(
-            f"decode_heatmaps: crop_matrix must be on the heatmaps' device {heatmaps.device}, "
-            f"got {crop_matrix.device}"
+            f"decode_heatmaps: crop_matrix must be on the heatmaps' device {heatmaps.device}, got {crop_matrix.device}"
         )
     determinant = torch.linalg.det(crop_matrix[:, :, :2].detach().double())
     singular = (determinant == 0).nonzero()
     if singular.numel():
-        raise ValueError(
-            f"decode_heatmaps: crop_matrix must be invertible, got a singular one at {int(singular[0])}"
-        )
+        raise ValueError(f"decode_heatmaps: crop_matrix must be invertible, got a singular one at {int(singular[0])}")
 
 
 def _check_permutation(flip_permutation: Sequence[int] | Tensor, joints: int) -> list[int]:

@@ -19,9 +19,7 @@ _BLOCKS = 4
 _STAGE_MODULES = {2: 1, 3: 4, 4: 3}
 
 
-def _conv_bn(
-    in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, relu: bool = False
-) -> nn.Sequential:
+def _conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, relu: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = [
         nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -76,9 +74,7 @@ def _fuse_layer(channels: Sequence[int], source: int, target: int) -> nn.Module 
         layers = _conv_bn(channels[source], channels[target], 1)
         layers.append(nn.Upsample(scale_factor=2 ** (source - target), mode="nearest"))
         return layers
-    steps = [
-        _conv_bn(channels[source], channels[source], 3, 2, relu=True) for _ in range(target - source - 1)
-    ]
+    steps = [_conv_bn(channels[source], channels[source], 3, 2, relu=True) for _ in range(target - source - 1)]
     return nn.Sequential(*steps, _conv_bn(channels[source], channels[target], 3, 2))
 
 
@@ -270,14 +266,11 @@ def _read_state_dict(weights: Mapping[str, Tensor] | str | os.PathLike[str]) -> 
                 f"got the unreadable {os.fspath(weights)}"
             ) from error
     if not isinstance(weights, Mapping):
-        raise TypeError(
-            f"HRNet.load_official: weights must be a state dict or a path, got {type(weights).__name__}"
-        )
+        raise TypeError(f"HRNet.load_official: weights must be a state dict or a path, got {type(weights).__name__}")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise TypeError(
-                f"HRNet.load_official: weights must map names to tensors, "
-                f"got {type(value).__name__} at {name!r}"
+                f"HRNet.load_official: weights must map names to tensors, got {type(value).__name__} at {name!r}"
             )
     return weights
 

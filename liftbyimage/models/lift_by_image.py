@@ -1,12 +1,12 @@
 """Lifting by Image: the two-stage lifter.
 
 Stage 1 (broad query): joints query all image patches in three layers, the middle one pose-guided; a linear head gives a
-coarse pose, and the last layer's attention gives each patch's importance. Adaptive feature selection keeps the top patches.
-Stage 2 (focused exploration): three more layers over the kept, pose-guided patches; a linear head gives the refined pose.
-No gradient flows from stage 2 into stage 1.
+coarse pose, and the last layer's attention gives each patch's importance. Adaptive feature selection keeps the top
+patches. Stage 2 (focused exploration): three more layers over the kept, pose-guided patches; a linear head gives
+the refined pose. No gradient flows from stage 2 into stage 1.
 
-Source: F. Zhou, J. Yin, P. Li, "Lifting by Image – Leveraging Image Cues for Accurate 3D Human Pose Estimation", AAAI 2024.
-No public code exists; where the paper is silent the choices are documented in docs/systems.md.
+Source: F. Zhou, J. Yin, P. Li, "Lifting by Image – Leveraging Image Cues for Accurate 3D Human Pose Estimation",
+AAAI 2024. No public code exists; where the paper is silent the choices are documented in docs/systems.md.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ POSITION_CHANNELS = NUM_FREQUENCIES * 2 * 2  # sine and cosine, of x and y
 class LiftByImageConfig:
     """Sizes of a LiftByImage model; the defaults are the paper's with an HRNet-w32 encoder.
 
-    image_channels C and grid (Hf, Wf) of the encoder's map, token width dim D, heads, feed-forward mlp_ratio·D, dropout,
-    retention r of the patches kept for stage 2, joints J, and whether patches get a feed-forward (PoseGuidedLayer).
+    image_channels C and grid (Hf, Wf) of the encoder's map, token width dim D, heads, feed-forward mlp_ratio·D,
+    dropout, retention r of the patches kept for stage 2, joints J, and whether patches get a feed-forward
+    (PoseGuidedLayer).
     """
 
     image_channels: int = 32

@@ -1,6 +1,7 @@
 """The two attentions of a lifting layer: among joints, and from joints to image patches.
 
-`PatchAttention` offers two exact formulations of one multi-head cross-attention (docs/kernels/pose_guided_attention.md):
+`PatchAttention` offers two exact formulations of one multi-head cross-attention
+(docs/kernels/pose_guided_attention.md):
 
     projected   K = T W_k and V = T W_v are formed for all patches; H small attentions follow.
     absorbed    S_h = (q_h W_k,h) Tᵀ and A_h V_h = (A_h T) W_v,h: W_k is folded into the few queries before and W_v is
@@ -37,9 +38,7 @@ def check_tokens(layer: str, joints: Tensor, patches: Tensor, dim: int) -> None:
         if tensor.dim() != 3 or tensor.shape[2] != dim:
             raise ValueError(f"{layer}: {name} must have shape [B, {axis}, {dim}], got {list(tensor.shape)}")
     if joints.shape[0] != patches.shape[0]:
-        raise ValueError(
-            f"{layer}: patches must have joints' batch size {joints.shape[0]}, got {patches.shape[0]}"
-        )
+        raise ValueError(f"{layer}: patches must have joints' batch size {joints.shape[0]}, got {patches.shape[0]}")
 
 
 class _Projections(nn.Module):

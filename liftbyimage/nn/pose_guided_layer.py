@@ -23,12 +23,13 @@ class PoseGuidedLayer(nn.Module):
         patches ← patches + Aᵀ V_J            V_J from joints, through the image-side output projection head by head
 
     Args:
-        dim, heads, mlp_ratio, dropout, formulation: as `TransformerLayer`. Dropout on the image side acts on the rows that
-            joints send (J·H rows), never on patches or on the attention matrix.
-        image_feed_forward: add a feed-forward with residual and layer norm on the patches (the paper's Figure 5 shows one
-            while its equations do not).
+        dim, heads, mlp_ratio, dropout, formulation: as `TransformerLayer`. Dropout on the image side acts on the
+            rows that joints send (J·H rows), never on patches or on the attention matrix.
+        image_feed_forward: add a feed-forward with residual and layer norm on the patches (the paper's Figure 5
+            shows one while its equations do not).
 
-    Source: Lifting by Image (AAAI 2024), Eq. 2. The paper is silent on biases; the image-side output projection has none.
+    Source: Lifting by Image (AAAI 2024), Eq. 2. The paper is silent on biases; the image-side output projection has
+        none.
     """
 
     def __init__(

@@ -59,9 +59,7 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, joints: Tensor, patches: Tensor, need_importance: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, joints: Tensor, patches: Tensor, need_importance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """joints [B, J, D], patches [B, P, D] → joints, or (joints, importance [B, P])."""
         check_tokens("TransformerLayer", joints, patches, self.dim)
         joints = self.norm1(joints + self.dropout(self.self_attention(joints)))

@@ -1,10 +1,10 @@
 """Fused operations with a contract: pure functions of tensors that choose the fastest exact backend.
 
-    attend_patches          joints query image patches
-    pose_guided_attention   the same attention used both ways: patches are updated too (Lifting by Image, Eq. 2)
-    prune_patches           keep the most important patches (Adaptive Feature Selection)
-    keep_count              how many patches a retention keeps
-    explain                 which backend serves a call, and why the others do not
+attend_patches          joints query image patches
+pose_guided_attention   the same attention used both ways: patches are updated too (Lifting by Image, Eq. 2)
+prune_patches           keep the most important patches (Adaptive Feature Selection)
+keep_count              how many patches a retention keeps
+explain                 which backend serves a call, and why the others do not
 """
 
 from liftbyimage.ops._explain import BackendStatus, explain

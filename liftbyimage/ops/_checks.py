@@ -56,7 +56,7 @@ def check_positive(op: str, argument: str, tensor: Tensor, dims: str, *names: st
 def check_scale(op: str, scale: float | None, width: int) -> float:
     """The softmax scale: `scale` if given (0.0 included), else width ** -0.5."""
     if scale is None:
-        return float(width) ** -0.5
+        return 1.0 / math.sqrt(width)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a finite float or None, got {type(scale).__name__}")
     if not math.isfinite(scale):

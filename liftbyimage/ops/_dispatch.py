@@ -153,7 +153,7 @@ def count_flops(ops: Sequence[Callable[..., Any] | None], formula: Callable[...,
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floating tensors to the autocast dtype where autocast is on; float64 stays. Same object in, same object out."""
+    """Cast floating tensors to the autocast dtype where autocast is on; float64 stays, and one object stays one."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

@@ -35,8 +35,8 @@ def explain(op: str, *tensors: Tensor) -> list[BackendStatus]:
         tensors: the call's tensor arguments in their order.
 
     Returns:
-        One BackendStatus per backend in the order in which they are tried; exactly one `serves`. The environment variable
-        LIFTBYIMAGE_BACKEND is honoured.
+        One BackendStatus per backend in the order in which they are tried; exactly one `serves`. The environment
+        variable LIFTBYIMAGE_BACKEND is honoured.
 
     Raises:
         ValueError: the op is unknown, no tensor is given, or the demanded backend cannot serve.
@@ -45,6 +45,4 @@ def explain(op: str, *tensors: Tensor) -> list[BackendStatus]:
     if not tensors:
         raise ValueError("explain: tensors must hold the call's tensor arguments, got none")
     chosen = select(op, backends, None, *tensors)
-    return [
-        BackendStatus(backend.name, backend is chosen, backend.why_not(*tensors)) for backend in backends
-    ]
+    return [BackendStatus(backend.name, backend is chosen, backend.why_not(*tensors)) for backend in backends]

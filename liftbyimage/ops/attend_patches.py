@@ -4,9 +4,10 @@
     context = A V                                                         [B, H, J, F]
     importance = mean of A over heads and joints                          [B, P]
 
-B batch, H heads, J joints, P patches, E key width, F value width; R = H·J query rows, row r = h·J + j. `key` and `value`
-have Hk = H heads, or Hk = 1: one set shared by all heads. With one shared set and `value is key` the tokens are read once;
-that is how a layer attends without ever forming its keys and values (the absorbed formulation, docs/kernels).
+B batch, H heads, J joints, P patches, E key width, F value width; R = H·J query rows, row r = h·J + j. `key` and
+`value` have Hk = H heads, or Hk = 1: one set shared by all heads. With one shared set and `value is key` the tokens
+are read once; that is how a layer attends without ever forming its keys and values (the absorbed formulation,
+docs/kernels).
 
 Source: F. Zhou, J. Yin, P. Li, "Lifting by Image", AAAI 2024, Eq. 1 and the importance of Adaptive Feature Selection.
 """
@@ -73,8 +74,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 _FORWARD_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor? value, float scale, bool need_attention)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor query, Tensor key, Tensor? value, float scale, bool need_attention) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor? grad_context, Tensor? grad_importance, Tensor? grad_attention, Tensor query, Tensor key, Tensor? value,"
@@ -151,7 +151,7 @@ def _backward_flops(
     # scores again and dA = dO Vᵀ, then dQ = dS K (as wide as the keys); for the tokens also dK = dSᵀ Q and dV = Aᵀ dO.
     again = attention_flops(query, key, value)
     per_width = 2 * query[0] * query[1] * query[2] * key[2]
-    return again + per_width * query[3] + (again if need_token_grads else 0)
+    return int(again + per_width * query[3] + (again if need_token_grads else 0))
 
 
 count_flops((_native_forward, _triton_forward), _forward_flops)
@@ -168,7 +168,7 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 class _AttendPatches(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -188,7 +188,7 @@ class _AttendPatches(torch.autograd.Function):
         return context, importance, attention
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_context: Tensor | None, grad_importance: Tensor | None, grad_attention: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         query, key, value, context, lse = ctx.saved_tensors
@@ -238,7 +238,8 @@ def attend_patches(
 
     Raises:
         TypeError: an argument is no floating-point tensor, or dtypes differ.
-        ValueError: ranks, sizes or devices do not fit, Hk is neither 1 nor H, or the backend is unknown or cannot serve.
+        ValueError: ranks, sizes or devices do not fit, Hk is neither 1 nor H, or the backend is unknown or cannot
+            serve.
     """
     shared = value is key
     query, key, value = autocast(query, key, value)

@@ -5,9 +5,9 @@
     patches_out = patches + Σ_h A_hᵀ pose_value_h      patches receive from joints     [B, P, D]
     importance = mean of A over heads and joints                                       [B, P]
 
-Each patch receives in proportion to the attention the joints paid it, so unimportant patches are hardly updated. Each head
-writes the full width D: the head's slice of the output projection is folded into `pose_value`. Eq. 2's concatenation of
-heads is the case where pose_value_h is zero outside head h's slice.
+Each patch receives in proportion to the attention the joints paid it, so unimportant patches are hardly updated.
+Each head writes the full width D: the head's slice of the output projection is folded into `pose_value`. Eq. 2's
+concatenation of heads is the case where pose_value_h is zero outside head h's slice.
 
 Source: F. Zhou, J. Yin, P. Li, "Lifting by Image", AAAI 2024, Eq. 2.
 """
@@ -178,13 +178,14 @@ def _backward_flops(
     again = attention_flops(query, key, value)
     per_width = 2 * query[0] * query[1] * query[2] * key[2]
     rows = per_width * query[3] + 2 * _update_flops(query, key, pose_value)
-    return again + rows + (again if need_token_grads else 0)
+    return int(again + rows + (again if need_token_grads else 0))
 
 
 count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_native_backward, _triton_backward), _backward_flops)
 
-# CUDA stands behind Triton until a run on a GPU shows it ahead: it is so far verified by emulation and compilation only.
+# CUDA stands behind Triton until a run on a GPU shows it ahead: it is so far verified by emulation and compilation
+# only.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
     Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
@@ -196,7 +197,7 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 class _PoseGuidedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         query: Tensor,
         key: Tensor,
@@ -215,7 +216,7 @@ class _PoseGuidedAttention(torch.autograd.Function):
         return context, patches_out, importance
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_context: Tensor | None, grad_patches: Tensor | None, grad_importance: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         query, key, value, pose_value, context, lse = ctx.saved_tensors
@@ -273,7 +274,8 @@ def pose_guided_attention(
 
     Raises:
         TypeError: an argument is no floating-point tensor, or dtypes differ.
-        ValueError: ranks, sizes or devices do not fit, Hk is neither 1 nor H, or the backend is unknown or cannot serve.
+        ValueError: ranks, sizes or devices do not fit, Hk is neither 1 nor H, or the backend is unknown or cannot
+            serve.
     """
     value_is_key, patches_is_key = value is key, patches is key
     query, key, value, pose_value, patches = autocast(query, key, value, pose_value, patches)
@@ -284,7 +286,5 @@ def pose_guided_attention(
         return reference(query, key, value, pose_value, patches, scale=scale)
     separate_value = None if value_is_key else value
     separate_patches = None if patches_is_key else patches
-    outputs = _PoseGuidedAttention.apply(
-        query, key, separate_value, pose_value, separate_patches, scale, chosen.name
-    )
+    outputs = _PoseGuidedAttention.apply(query, key, separate_value, pose_value, separate_patches, scale, chosen.name)
     return PoseGuidedAttention(*outputs)

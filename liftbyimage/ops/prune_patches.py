@@ -3,8 +3,8 @@
     index = the `keep` patches of largest importance, ascending                    [B, K]
     patches_out = patches[b, index[b]]                                              [B, K, D]
 
-Ties go to the lower index (−0 ties with +0) and NaN counts as the lowest importance, so the choice is unique. Selection and
-gather are one pass over memory. Gradient flows to `patches` only: selection is a truncation.
+Ties go to the lower index (−0 ties with +0) and NaN counts as the lowest importance, so the choice is unique.
+Selection and gather are one pass over memory. Gradient flows to `patches` only: selection is a truncation.
 
 Source: F. Zhou, J. Yin, P. Li, "Lifting by Image", AAAI 2024, Adaptive Feature Selection (retention r = 0.3).
 """
@@ -36,7 +36,7 @@ OP = "prune_patches"
 
 class PrunedPatches(NamedTuple):
     patches: Tensor  # [B, K, D]
-    index: Tensor  # [B, K] int64, ascending
+    index: Tensor  # type: ignore[assignment]  # [B, K] int64, ascending
 
 
 def keep_count(num_patches: int, retention: float) -> int:
@@ -97,7 +97,8 @@ def _no_flops(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
 
 count_flops((_native_forward, _triton_forward, _native_backward, _triton_backward), _no_flops)
 
-# CUDA stands behind Triton until a run on a GPU shows it ahead: it is so far verified by emulation and compilation only.
+# CUDA stands behind Triton until a run on a GPU shows it ahead: it is so far verified by emulation and compilation
+# only.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
     Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
@@ -109,9 +110,7 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 class _PrunePatches(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, patches: Tensor, importance: Tensor, keep: int, backend: str
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, patches: Tensor, importance: Tensor, keep: int, backend: str) -> tuple[Tensor, Tensor]:
         forward = _BY_NAME[backend].forward
         assert forward is not None
         kept, index = forward(patches, importance, keep)
@@ -121,18 +120,14 @@ class _PrunePatches(torch.autograd.Function):
         return kept, index
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_kept: Tensor, grad_index: None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_kept: Tensor, grad_index: None) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
         backward = _BY_NAME[ctx.backend].backward
         assert backward is not None
         return backward(grad_kept, index, ctx.num_patches), None, None, None
 
 
-def prune_patches(
-    patches: Tensor, importance: Tensor, keep: int, *, backend: str | None = None
-) -> PrunedPatches:
+def prune_patches(patches: Tensor, importance: Tensor, keep: int, *, backend: str | None = None) -> PrunedPatches:
     """Keep the `keep` most important patches of each sample, in their original order.
 
     Args:
@@ -143,8 +138,8 @@ def prune_patches(
 
     Returns:
         PrunedPatches: `patches` [B, keep, D] in the dtype of `patches`, differentiable with respect to `patches` (rows
-        scattered back; `importance` gets no gradient), and `index` [B, keep] int64, ascending. Ties go to the lower index;
-        NaN counts as the lowest importance.
+        scattered back; `importance` gets no gradient), and `index` [B, keep] int64, ascending. Ties go to the lower
+        index; NaN counts as the lowest importance.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or `keep` is no int.

@@ -77,9 +77,7 @@ class Layer(nn.Module):
         joints = self.norm2(joints + self.dropout(attended))
         return self.norm3(joints + self.dropout(self.feed_forward(joints)))
 
-    def forward(
-        self, joints: Tensor, patches: Tensor, need_importance: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, joints: Tensor, patches: Tensor, need_importance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         joints = self.look_around(joints)
         if not need_importance:
             return self.finish(joints, self.patch_attention.attend(joints, patches))
@@ -90,9 +88,7 @@ class Layer(nn.Module):
 class GuidedLayer(Layer):
     """The same with the attention also used from patches to joints (Eq. 2)."""
 
-    def __init__(
-        self, dim: int, heads: int, mlp_ratio: float, dropout: float, image_feed_forward: bool
-    ) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, dropout: float, image_feed_forward: bool) -> None:
         super().__init__(dim, heads, mlp_ratio, dropout)
         self.pose_value = nn.Linear(dim, dim)
         self.image_out_proj = nn.Linear(dim, dim, bias=False)
@@ -113,8 +109,9 @@ class GuidedLayer(Layer):
 class ReferenceLiftByImage(nn.Module):
     """`models.LiftByImage` without custom kernels; `config` and `positions` come from that model.
 
-    `forward` returns (pose_3d, coarse_pose_3d, importance, index). Dropout on the image side of the pose-guided layer is the
-    one difference in training mode: here patches receive undropped rows, so compare gradients with dropout 0.
+    `forward` returns (pose_3d, coarse_pose_3d, importance, index). Dropout on the image side of the pose-guided
+    layer is the one difference in training mode: here patches receive undropped rows, so compare gradients with
+    dropout 0.
     """
 
     def __init__(self, config: Any, positions: Tensor) -> None:
@@ -124,9 +121,7 @@ class ReferenceLiftByImage(nn.Module):
         self.embed = nn.Linear(config.image_channels + positions.shape[1], config.dim)
         self.pose_embed = nn.Linear(2, config.dim)
         self.joint_embedding = nn.Parameter(torch.zeros(config.num_joints, config.dim))
-        self.stage1 = nn.ModuleList(
-            [Layer(*sizes), GuidedLayer(*sizes, config.image_feed_forward), Layer(*sizes)]
-        )
+        self.stage1 = nn.ModuleList([Layer(*sizes), GuidedLayer(*sizes, config.image_feed_forward), Layer(*sizes)])
         self.coarse_head = nn.Linear(config.dim, 3)
         self.stage2 = nn.ModuleList([Layer(*sizes) for _ in range(3)])
         self.refined_head = nn.Linear(config.dim, 3)

@@ -1,0 +1,5 @@
+"""`python -m liftbyimage`."""
+
+from liftbyimage.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""The command line. What takes long to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from liftbyimage import __version__
+
+if TYPE_CHECKING:
+    from liftbyimage.models import Pipeline
+
+PACKAGE = Path(__file__).resolve().parent
+DEMO_CHECKPOINT = PACKAGE / "assets" / "demo.pt"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Lift people in pictures from 2D to 3D, on fused kernels.",
+)
+
+
+def main() -> None:
+    app(prog_name="liftbyimage")
+
+
+@contextmanager
+def _mistakes_in_one_sentence() -> Iterator[None]:
+    """Print what the library refuses, and files that cannot be read or written, as `error: …`; exit with 2.
+
+    A ValueError or TypeError that some other package raised is a defect and keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not isinstance(error, OSError) and PACKAGE not in raised_in.resolve().parents:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"liftbyimage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo-output"),
+    people: Annotated[int, typer.Option(min=1, help="How many people to render and lift.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="Which people.")] = 0,
+) -> None:
+    """Render unseen synthetic people, lift them, and say how well and how fast."""
+    with _mistakes_in_one_sentence():
+        _check_folder(out)
+        from liftbyimage.demo import run_demo
+
+        run_demo(out, people, seed, Console())
+
+
+@app.command()
+def lift(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, one person in each.", show_default=False)],
+    pose: Annotated[Path, typer.Option(help="JSON file with the 2D pose of each picture.")],
+    encoder_weights: Annotated[
+        Path | None, typer.Option(help="Official HRNet weights (w32 or w48) for the checkpoint's encoder.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A trained lifter; by default the demonstration model.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for poses.json and the pictures.")] = Path("lift-output"),
+) -> None:
+    """Lift the person in each picture to 3D."""
+    console = Console()
+    with _mistakes_in_one_sentence():
+        _check_folder(out)
+        from liftbyimage.data.pose_file import read_pose_file
+        from liftbyimage.lift import RESULTS_NAME, lift_images, write_results
+
+        if (out / RESULTS_NAME).resolve() == pose.resolve():
+            raise ValueError(f"--out {out} would overwrite the pose file {pose}: choose another folder")
+        poses = read_pose_file(pose, images)
+        pipeline = _load_pipeline(checkpoint, encoder_weights)
+        if checkpoint is None:
+            console.print(
+                "This is a demonstration model, trained on synthetic scenes only: "
+                "do not expect it to be accurate on photographs.",
+                soft_wrap=True,
+            )
+        results = lift_images(pipeline, images, poses)
+        written = write_results(results, out)
+        people = "1 person" if len(results) == 1 else f"{len(results)} people"
+        console.print(f"Lifted {people}: {written} and a picture of each beside it.", markup=False, soft_wrap=True)
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: expected a folder, got a file")
+
+
+def _load_pipeline(checkpoint: Path | None, encoder_weights: Path | None) -> Pipeline:
+    from liftbyimage.checkpoint import load_pipeline
+
+    if checkpoint is None and encoder_weights is not None:
+        raise ValueError(
+            "--encoder-weights needs --checkpoint too: a lifter trained on that encoder's features "
+            "(the demonstration model has an encoder of its own)"
+        )
+    return load_pipeline(checkpoint or DEMO_CHECKPOINT, encoder_weights)
+
+
+@app.command("train-demo")
+def train_demo(
+    out: Annotated[Path, typer.Option(help="File for the checkpoint.")] = Path("demo.pt"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, scenes and order.")] = 0,
+) -> None:
+    """Train the demonstration model on synthetic scenes."""
+    with _mistakes_in_one_sentence():
+        if out.is_dir():
+            raise ValueError(f"--out {out}: expected a file, got a folder")
+        from liftbyimage import train
+
+        train.train_demo(out, seed, Console())
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Say which backend serves each op here, what is missing, and how to get it."""
+    from liftbyimage.doctor import print_report, report
+
+    findings = report()
+    if as_json:
+        typer.echo(json.dumps(findings, indent=1))
+    else:
+        print_report(Console(), findings)

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+import liftbyimage
+from liftbyimage import _extension, checkpoint, cli, doctor, models
+from liftbyimage.data.synthetic import generate
+from liftbyimage.ops._explain import OPS, backends_of
+
+DEMONSTRATION = "This is a demonstration model, trained on synthetic scenes only"
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def _refused(message: str, *arguments: object) -> None:
+    result = _run(*arguments)
+    assert result.stderr == f"error: {message}\n"
+    assert result.stdout == ""
+    assert result.exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(5)
+    lifter = models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4))
+    path = tmp_path_factory.mktemp("checkpoint") / "small.pt"
+    checkpoint.save_pipeline(models.Pipeline(models.TinyEncoder(), lifter), path, encoder="tiny")
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> tuple[Path, Path]:
+    """A picture with a synthetic person, and its pose file."""
+    scene = generate(1, seed=21).scene(0)
+    image, pose = tmp_path / "person.png", tmp_path / "pose.json"
+    assert cv2.imwrite(str(image), scene["image"].numpy()[..., ::-1])
+    pose.write_text(json.dumps({"keypoints": scene["pose_2d"].tolist()}), encoding="utf-8")
+    return image, pose
+
+
+def test_version() -> None:
+    result = _run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"liftbyimage {liftbyimage.__version__}\n")
+
+
+def test_help_names_every_command() -> None:
+    result = _run("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in ("demo", "lift", "train-demo", "doctor"))
+
+
+def test_runs_as_a_module_without_loading_torch() -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['liftbyimage', '--version']\n"
+        "try:\n    runpy.run_module('liftbyimage', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "print([name for name in ('torch', 'cv2', 'matplotlib') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stderr == ""
+    assert run.stdout == f"liftbyimage {liftbyimage.__version__}\n[]\n"
+
+
+def test_lift(small: Path, picture: tuple[Path, Path], tmp_path: Path) -> None:
+    image, pose = picture
+    out = tmp_path / "out"
+    result = _run("lift", image, "--pose", pose, "--checkpoint", small, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"Lifted 1 person: {out / 'poses.json'} and a picture of each beside it.\n"
+    assert sorted(path.name for path in out.iterdir()) == ["person.png", "poses.json"]
+    [entry] = json.loads((out / "poses.json").read_text(encoding="utf-8"))["images"]
+    assert entry["image"] == str(image)
+    assert torch.tensor(entry["pose_3d"]).shape == (17, 3)
+
+
+def test_lift_says_that_the_default_model_is_a_demonstration(
+    small: Path, picture: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "DEMO_CHECKPOINT", small)
+    image, pose = picture
+    result = _run("lift", image, "--pose", pose, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(DEMONSTRATION)
+
+
+def test_lift_with_official_encoder_weights(picture: tuple[Path, Path], tmp_path: Path) -> None:
+    image, pose = picture
+    torch.manual_seed(6)
+    pipeline = models.Pipeline(
+        models.hrnet_w32(), models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4))
+    )
+    weights, lifter = tmp_path / "w32.pth", tmp_path / "lifter.pt"
+    torch.save(pipeline.encoder.state_dict(), weights)
+    checkpoint.save_pipeline(pipeline, lifter, encoder="hrnet-w32", with_encoder=False)
+    out = tmp_path / "out"
+    common = ("lift", image, "--pose", pose, "--out", out)
+    _refused(
+        f"checkpoint {lifter}: holds no encoder weights, give a file of official hrnet-w32 weights",
+        *common,
+        "--checkpoint",
+        lifter,
+    )
+    _refused(
+        "--encoder-weights needs --checkpoint too: a lifter trained on that encoder's features "
+        "(the demonstration model has an encoder of its own)",
+        *common,
+        "--encoder-weights",
+        weights,
+    )
+    assert not out.exists()
+    result = _run(*common, "--checkpoint", lifter, "--encoder-weights", weights)
+    assert result.exit_code == 0, result.output
+    assert (out / "poses.json").is_file()
+
+
+def test_lift_refuses_bad_input_before_it_writes(
+    small: Path, picture: tuple[Path, Path], tmp_path: Path
+) -> None:
+    image, pose = picture
+    out, nowhere = tmp_path / "out", tmp_path / "nowhere"
+    options = ("--checkpoint", small, "--out", out)
+    _refused(f"image {nowhere}: no such file", "lift", image, nowhere, "--pose", pose, *options)
+    _refused(
+        f"image {pose}: not an image that OpenCV can read", "lift", image, pose, "--pose", pose, *options
+    )
+    _refused(f"pose file {nowhere}: no such file", "lift", image, "--pose", nowhere, *options)
+    _refused(
+        f"checkpoint {nowhere}: no such file",
+        *("lift", image, "--pose", pose, "--checkpoint", nowhere, "--out", out),
+    )
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps({"keypoints": [[1, 2]] * 16}), encoding="utf-8")
+    _refused(
+        f"pose file {short}: the pose has 16 keypoints, expected 17", "lift", image, "--pose", short, *options
+    )
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"x.png": json.loads(pose.read_text())}), encoding="utf-8")
+    _refused(f"pose file {other}: no entry for image 'person.png'", "lift", image, "--pose", other, *options)
+    assert not out.exists()
+
+
+def test_lift_keeps_the_users_own_files(small: Path, picture: tuple[Path, Path]) -> None:
+    image, pose = picture
+    own = pose.rename(pose.with_name("poses.json"))
+    folder = image.parent
+    before = own.read_bytes()
+    _refused(
+        f"--out {folder} would overwrite the pose file {own}: choose another folder",
+        *("lift", image, "--pose", own, "--checkpoint", small, "--out", folder),
+    )
+    assert own.read_bytes() == before
+    _refused(f"--out {image}: expected a folder, got a file", "lift", image, "--pose", own, "--out", image)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("lift", "a.png"), ("lift", "--pose", "p.json"), ("demo", "--people", 0)]
+)
+def test_usage_errors(arguments: tuple[object, ...]) -> None:
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("Usage: ")
+
+
+def _module(monkeypatch: pytest.MonkeyPatch, name: str, function: str, body: Any) -> None:
+    module = types.ModuleType(f"liftbyimage.{name}")
+    setattr(module, function, body)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(liftbyimage, name, module, raising=False)
+
+
+def test_demo_and_train_demo_pass_their_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    _module(monkeypatch, "demo", "run_demo", lambda *arguments: calls.append(arguments))
+    _module(monkeypatch, "train", "train_demo", lambda *arguments: calls.append(arguments))
+    out, file = tmp_path / "pictures", tmp_path / "new.pt"
+    assert _run("demo", "--out", out, "--people", 3, "--seed", 7).exit_code == 0
+    assert _run("train-demo", "--out", file, "--seed", 8).exit_code == 0
+    assert [call[:-1] for call in calls] == [(out, 3, 7), (file, 8)]
+    assert all(isinstance(call[-1], Console) for call in calls)
+    (tmp_path / "taken").write_text("")
+    _refused(
+        f"--out {tmp_path / 'taken'}: expected a folder, got a file", "demo", "--out", tmp_path / "taken"
+    )
+    _refused(f"--out {tmp_path}: expected a file, got a folder", "train-demo", "--out", tmp_path)
+
+
+def test_a_demanded_backend_that_cannot_serve_is_the_users_mistake(
+    small: Path, picture: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIFTBYIMAGE_BACKEND", "quantum")
+    image, pose = picture
+    names = ", ".join(backend.name for backend in backends_of("attend_patches"))
+    _refused(
+        f"attend_patches: backend must be one of {names}, got 'quantum'",
+        *("lift", image, "--pose", pose, "--checkpoint", small, "--out", tmp_path / "out"),
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*arguments: Any) -> None:
+        int("no number")
+
+    _module(monkeypatch, "demo", "run_demo", defect)
+    result = _run("demo", "--out", tmp_path)
+    assert isinstance(result.exception, ValueError)
+    assert result.exit_code == 1
+
+
+def test_unwritable_output_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*arguments: Any) -> None:
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    _module(monkeypatch, "demo", "run_demo", denied)
+    _refused("[Errno 13] Permission denied: 'somewhere'", "demo", "--out", tmp_path)
+
+
+def test_doctor_json_states_every_backend() -> None:
+    result = _run("doctor", "--json")
+    assert result.exit_code == 0
+    findings = json.loads(result.stdout)
+    assert findings["versions"]["torch"] == torch.__version__
+    assert findings["versions"]["liftbyimage"] == liftbyimage.__version__
+    assert findings["devices"] == (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    assert (findings["extension"] is None) == (_extension.CPU_MISSING is not None)
+    rows = [(row["op"], row["backend"], row["batch_independent"]) for row in findings["ops"]]
+    assert rows == [(op, b.name, b.batch_independent) for op in OPS for b in backends_of(op)]
+    for op in OPS:
+        mine = [row["cpu"] for row in findings["ops"] if row["op"] == op]
+        assert mine[-1]["why_not"] is None  # the reference serves everything
+        assert sum(status["chosen"] for status in mine) == 1
+    [cuda] = [r["cpu"] for r in findings["ops"] if (r["op"], r["backend"]) == ("prune_patches", "cuda")]
+    assert cuda["why_not"] == (_extension.CUDA_MISSING or "serves CUDA tensors, got cpu")
+
+
+def test_doctor_without_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = "the C++ extension is not built (no C++ compiler when liftbyimage was installed)"
+    monkeypatch.setattr(_extension, "CPU_MISSING", missing)
+    monkeypatch.setattr(
+        _extension, "CUDA_MISSING", "the CUDA module needs the C++ extension, which is not built"
+    )
+    monkeypatch.setattr(doctor, "_compiler", lambda: None)
+    monkeypatch.setattr(doctor, "_nvcc_version", lambda: None)
+    findings = doctor.report()
+    assert findings["extension"] is None
+    rebuild = "`pip install --no-build-isolation -e .`"
+    assert findings["missing"][:2] == [
+        {
+            "what": missing,
+            "cure": f"install g++ (Debian, Ubuntu: `apt-get install g++`), then {rebuild}",
+        },
+        {
+            "what": "the CUDA module needs the C++ extension, which is not built",
+            "cure": f"install the CUDA toolkit (it brings nvcc), then {rebuild}",
+        },
+    ]
+    cpu_rows = [row["cpu"] for row in findings["ops"] if row["backend"] == "cpu"]
+    assert cpu_rows == [{"why_not": missing, "chosen": False}] * len(OPS)
+    shown = " ".join(_run("doctor").stdout.split())
+    assert f"missing: {missing} cure: install g++" in shown
+
+
+def test_doctor_shows_a_demanded_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIFTBYIMAGE_BACKEND", "quantum")
+    findings = doctor.report()
+    assert findings["demanded_backend"] == "quantum"
+    assert not any(row["cpu"]["chosen"] for row in findings["ops"])
+    assert "LIFTBYIMAGE_BACKEND demands 'quantum' for every op." in _run("doctor").stdout
+
+
+def test_doctor_survives_a_broken_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    real = builtins.__import__
+
+    def broken(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        if name == "liftbyimage" and fromlist and "_extension" in fromlist:
+            raise ImportError("liftbyimage._C is built but does not load (undefined symbol)")
+        return real(name, globals, locals, fromlist, level)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    findings = doctor.report()
+    assert findings["ops"] == []
+    assert findings["missing"] == [
+        {
+            "what": "liftbyimage._C is built but does not load (undefined symbol)",
+            "cure": "`pip install --no-build-isolation -e .`",
+        }
+    ]

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from liftbyimage import models
+from liftbyimage.data import (
+    JOINT_NAMES,
+    box_to_crop_matrix,
+    normalise_image,
+    normalise_keypoints,
+    read_image,
+    warp_crop,
+)
+from liftbyimage.data.crop import apply_affine
+from liftbyimage.data.pose2sim import Pose2SimDataset
+from liftbyimage.data.pose_file import ImagePose, read_pose_file
+from liftbyimage.data.synthetic import generate
+from liftbyimage.lift import LiftedImage, lift_images, write_results
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "pose2sim"
+KEPT = 921  # floor(0.3 · 64 · 48)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> models.Pipeline:
+    torch.manual_seed(1)
+    lifter = models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4))
+    return models.Pipeline(models.TinyEncoder(), lifter).eval()
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> tuple[list[Path], dict[str, ImagePose]]:
+    """Three pictures with a synthetic person each and their poses, two of the same stem."""
+    scenes = generate(3, seed=11)
+    paths = [tmp_path / "in" / name for name in ("a.png", "b/a.jpg", "c.png")]
+    entries = {}
+    for path, image, pose in zip(paths, scenes.image.numpy(), scenes.pose_2d.tolist(), strict=True):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        assert cv2.imwrite(str(path), image[..., ::-1])
+        entries[str(path)] = {"keypoints": pose}
+    pose_file = tmp_path / "in" / "poses.json"
+    pose_file.write_text(json.dumps(entries), encoding="utf-8")
+    return paths, read_pose_file(pose_file, paths)
+
+
+def _check_lifted(lifted: LiftedImage) -> None:
+    for pose in (lifted.pose_3d, lifted.coarse_pose_3d):
+        assert pose.shape == (17, 3)
+        assert np.isfinite(pose).all()
+        assert (pose[0] == 0).all()
+        assert np.abs(pose).max() > 0
+    assert lifted.importance.shape == (64 * 48,)
+    assert lifted.importance.sum() == pytest.approx(1, abs=1e-5)
+    assert lifted.index.shape == (KEPT,)
+    assert (np.diff(lifted.index) > 0).all()
+    assert lifted.grid == (64, 48)
+
+
+def test_lifts_what_the_pipeline_lifts(pipeline, inputs) -> None:
+    paths, poses = inputs
+    lifted = lift_images(pipeline, paths, poses, batch_size=2)
+    assert [result.image for result in lifted] == paths
+    for path, result in zip(paths, lifted, strict=True):
+        _check_lifted(result)
+        pose = poses[str(path)]
+        matrix = box_to_crop_matrix(pose.box)
+        crop = warp_crop(read_image(path), matrix)
+        keypoints = apply_affine(matrix, pose.keypoints)
+        np.testing.assert_array_equal(result.crop, crop)
+        np.testing.assert_array_equal(result.crop_matrix, matrix)
+        np.testing.assert_array_equal(result.keypoints, keypoints)
+        pose_2d = torch.from_numpy(normalise_keypoints(keypoints)).float()
+        with torch.inference_mode():
+            expected = pipeline(normalise_image(crop)[None], pose_2d[None])
+        np.testing.assert_allclose(result.pose_3d, expected.pose_3d[0], atol=1e-5)
+        np.testing.assert_allclose(result.coarse_pose_3d, expected.coarse_pose_3d[0], atol=1e-5)
+        np.testing.assert_allclose(result.importance, expected.importance[0], atol=1e-6)
+
+
+def test_a_training_pipeline_is_evaluated(pipeline, inputs) -> None:
+    paths, poses = inputs
+    expected = lift_images(pipeline, paths, poses)
+    actual = lift_images(pipeline.train(), paths, poses)
+    assert not pipeline.training
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a.pose_3d, b.pose_3d)
+
+
+def test_no_images(pipeline) -> None:
+    assert lift_images(pipeline, [], {}) == []
+
+
+def test_results_on_disk(pipeline, inputs, tmp_path: Path) -> None:
+    paths, poses = inputs
+    lifted = lift_images(pipeline, paths, poses)
+    out = tmp_path / "new" / "out"
+    assert write_results(lifted, out) == out / "poses.json"
+    document = json.loads((out / "poses.json").read_text(encoding="utf-8"))
+    assert document["units"] == "metres"
+    assert document["axes"] == "camera: x right, y down, z forward; relative to the pelvis"
+    assert document["joint_names"] == list(JOINT_NAMES)
+    assert [entry["image"] for entry in document["images"]] == [str(path) for path in paths]
+    assert [entry["picture"] for entry in document["images"]] == ["a.png", "a-2.png", "c.png"]
+    for entry, result in zip(document["images"], lifted, strict=True):
+        np.testing.assert_array_equal(np.float32(entry["pose_3d"]), result.pose_3d)
+        np.testing.assert_array_equal(np.float32(entry["coarse_pose_3d"]), result.coarse_pose_3d)
+        np.testing.assert_array_equal(entry["crop_matrix"], result.crop_matrix)
+        assert (entry["kept_patches"], entry["patches"]) == (KEPT, 3072)
+    assert sorted(path.name for path in out.iterdir()) == ["a-2.png", "a.png", "c.png", "poses.json"]
+    pictures = [read_image(out / name) for name in ("a.png", "a-2.png", "c.png")]
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_without_pictures(pipeline, inputs, tmp_path: Path) -> None:
+    paths, poses = inputs
+    out = tmp_path / "out"
+    write_results(lift_images(pipeline, paths[:1], poses), out, pictures=False)
+    assert [path.name for path in out.iterdir()] == ["poses.json"]
+    assert json.loads((out / "poses.json").read_text(encoding="utf-8"))["images"][0]["picture"] is None
+
+
+def test_a_picture_never_replaces_an_input(pipeline, inputs) -> None:
+    paths, poses = inputs
+    before = paths[0].read_bytes()
+    write_results(lift_images(pipeline, paths[:1], poses), paths[0].parent)
+    assert paths[0].read_bytes() == before
+    assert (paths[0].parent / "a-2.png").is_file()
+
+
+def test_bad_input(pipeline, inputs, tmp_path: Path) -> None:
+    paths, poses = inputs
+    with pytest.raises(ValueError, match="^lift_images: batch_size must be at least 1, got 0$"):
+        lift_images(pipeline, paths, poses, batch_size=0)
+    message = f"lift_images: poses must hold every image, got none for {tmp_path / 'x.png'}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        lift_images(pipeline, [*paths, tmp_path / "x.png"], poses)
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(paths[0].read_bytes()[:20])
+    message = f"image {torn}: not an image that OpenCV can read"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        lift_images(pipeline, [paths[0], torn], {**poses, str(torn): poses[str(paths[0])]})
+
+
+def test_pipeline_of_another_skeleton(inputs) -> None:
+    lifter = models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4, num_joints=16))
+    with pytest.raises(ValueError, match="^lift_images: pipeline must lift 17 joints, got one for 16$"):
+        lift_images(models.Pipeline(models.TinyEncoder(), lifter), *inputs)
+
+
+def test_broken_weights(inputs) -> None:
+    paths, poses = inputs
+    lifter = models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4))
+    torch.nn.init.constant_(lifter.refined_head.bias, float("nan"))
+    message = f"lift_images: the pose of {paths[0]} is not finite: the weights are broken"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        lift_images(models.Pipeline(models.TinyEncoder(), lifter), paths, poses)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real crops at {DATA}")
+def test_real_crops(pipeline, tmp_path: Path) -> None:
+    dataset = Pose2SimDataset(DATA)
+    chosen = (0, 40, 95)
+    entries = {}
+    for i in chosen:
+        keypoints = apply_affine(dataset.arrays["crop_matrix"][i], dataset.arrays["keypoints_coco"][i, :, :2])
+        entries[f"{i:03d}.jpg"] = {"keypoints": keypoints.tolist(), "order": "coco"}
+    pose_file = tmp_path / "detections.json"
+    pose_file.write_text(json.dumps(entries), encoding="utf-8")
+    paths = [DATA / "crops" / f"{i:03d}.jpg" for i in chosen]
+    lifted = lift_images(pipeline, paths, read_pose_file(pose_file, paths))
+    for i, result in zip(chosen, lifted, strict=True):
+        _check_lifted(result)
+        # The joints lie in the crop cut here, where the data's own mapping and this crop's put them.
+        in_given_crop = apply_affine(
+            dataset.arrays["crop_matrix"][i], dataset.arrays["keypoints_h36m"][i, :, :2]
+        )
+        np.testing.assert_allclose(
+            result.keypoints, apply_affine(result.crop_matrix, in_given_crop), atol=1e-3
+        )
+        assert (result.keypoints >= 0).all()
+        assert (result.keypoints < [192, 256]).all()
+    write_results(lifted, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "000.png",
+        "040.png",
+        "095.png",
+        "poses.json",
+    ]
