@@ -1,0 +1,66 @@
+#include <torch/extension.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/ops.h"
+
+TORCH_LIBRARY(liftbyimage, m) {
+  m.def(
+      "attend_patches_forward(Tensor query, Tensor key, Tensor? value, float scale, bool need_attention)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attend_patches_backward(Tensor? grad_context, Tensor? grad_importance, Tensor? grad_attention,"
+      " Tensor query, Tensor key, Tensor? value, Tensor context, Tensor lse, float scale, bool need_token_grads)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pose_guided_attention_forward(Tensor query, Tensor key, Tensor? value, Tensor pose_value, Tensor? patches,"
+      " float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "pose_guided_attention_backward(Tensor? grad_context, Tensor? grad_patches, Tensor? grad_importance,"
+      " Tensor query, Tensor key, Tensor? value, Tensor pose_value, Tensor context, Tensor lse, float scale,"
+      " bool need_token_grads, bool patches_is_key) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("prune_patches_forward(Tensor patches, Tensor importance, int keep) -> (Tensor, Tensor)");
+  m.def("prune_patches_backward(Tensor grad_kept, Tensor index, int num_patches) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
+  m.impl("attend_patches_forward", &liftbyimage::cpu::attend_patches_forward);
+  m.impl("attend_patches_backward", &liftbyimage::cpu::attend_patches_backward);
+  m.impl("pose_guided_attention_forward", &liftbyimage::cpu::pose_guided_attention_forward);
+  m.impl("pose_guided_attention_backward", &liftbyimage::cpu::pose_guided_attention_backward);
+  m.impl("prune_patches_forward", &liftbyimage::cpu::prune_patches_forward);
+  m.impl("prune_patches_backward", &liftbyimage::cpu::prune_patches_backward);
+}
+
+namespace {
+
+const char* vector_isa() {
+#if defined(CPU_CAPABILITY_AVX512)
+  return "AVX512";
+#elif defined(CPU_CAPABILITY_AVX2)
+  return "AVX2";
+#else
+  return "DEFAULT";
+#endif
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = __VERSION__;
+  info["torch"] = TORCH_VERSION;
+  info["march"] = LIFTBYIMAGE_MARCH;
+  info["isa"] = vector_isa();
+#ifdef _OPENMP
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = pybind11::none();
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Native CPU operators of liftbyimage; importing it registers torch.ops.liftbyimage.";
+  m.def("build_info", &build_info, "Compiler, torch version, instruction set and OpenMP this module was built with.");
+}

@@ -1,0 +1,368 @@
+#include "attention.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "gemm.h"
+#include "parallel.h"
+#include "tiles.h"
+#include "vectors.h"
+
+namespace liftbyimage::cpu {
+namespace {
+
+constexpr int64_t row_grain = 8;
+constexpr auto plain = Transpose::no;
+constexpr auto transposed = Transpose::yes;
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+// f(row, patch) over [rows, n] in squares that keep both a matrix and its transpose in the first-level cache.
+template <typename F>
+void for_transposed(int64_t rows, int64_t n, const F& f) {
+  constexpr int64_t square = 16;
+  for (int64_t r0 = 0; r0 < rows; r0 += square) {
+    for (int64_t p0 = 0; p0 < n; p0 += square) {
+      for (int64_t p = p0; p < std::min(p0 + square, n); ++p) {
+        for (int64_t r = r0; r < std::min(r0 + square, rows); ++r) {
+          f(r, p);
+        }
+      }
+    }
+  }
+}
+
+// target [rows, width] = factor(t, row) · partial_t [rows, width], summed over tiles in order.
+template <typename T, typename Factor>
+void sum_partials_row(const T* partial, int64_t tiles, int64_t rows, int64_t width, int64_t row, const Factor& factor,
+                      T* target) {
+  for (int64_t t = 0; t < tiles; ++t) {
+    scale_row(target, partial + (t * rows + row) * width, factor(t), width, t > 0);
+  }
+}
+
+// Softmax of rows that are cut into tiles: each tile against its own maximum, and the factor that makes them one.
+template <typename T>
+class TiledSoftmax {
+ public:
+  TiledSoftmax(int64_t tiles, int64_t rows)
+      : tiles_(tiles), rows_(rows), max_(uninitialized<T>(tiles * rows)), weight_(uninitialized<T>(tiles * rows)) {}
+
+  // scores = exp(scale · scores - the tile's maximum) for one row of a tile.
+  void exponentiate(int64_t tile, int64_t row, T* scores, int64_t size, T scale) {
+    constexpr T lowest = -std::numeric_limits<T>::infinity();
+    const T most = max_scaled(scores, size, scale);
+    max_[tile * rows_ + row] = most;
+    // A row of -inf is 0 here and becomes NaN only if it is -inf in every tile.
+    weight_[tile * rows_ + row] = exp_row(scores, size, scale, most == lowest ? T(0) : most);
+  }
+
+  // Turns the sums of a row's tiles into their weights and returns the row's log-sum-exp.
+  T finish_row(int64_t row) {
+    T most = -std::numeric_limits<T>::infinity(), total = 0;
+    for (int64_t at = row; at < tiles_ * rows_; at += rows_) {
+      most = std::isnan(max_[at]) || max_[at] > most ? max_[at] : most;
+    }
+    for (int64_t at = row; at < tiles_ * rows_; at += rows_) {
+      total += std::exp(max_[at] - most) * weight_[at];
+    }
+    for (int64_t at = row; at < tiles_ * rows_; at += rows_) {
+      weight_[at] = std::exp(max_[at] - most) / total;
+    }
+    return most + std::log(total);
+  }
+
+  T weight(int64_t tile, int64_t row) const { return weight_[tile * rows_ + row]; }
+
+ private:
+  int64_t tiles_, rows_;
+  Buffer<T> max_, weight_;  // [tiles, rows]
+};
+
+template <typename T>
+class ForwardBlock {
+ public:
+  ForwardBlock(const AttentionShape& shape, T scale, int64_t rows)
+      : shape_(shape),
+        scale_(scale),
+        tiles_(tile_count(shape)),
+        scores_(uninitialized<T>(rows * shape.patches)),
+        context_(uninitialized<T>(tiles_ * rows * shape.value_width)),
+        softmax_(tiles_, rows) {}
+
+  void run(const ForwardInputs<T>& in, const ForwardOutputs<T>& out, RowBlock block) {
+    block_ = block;
+    parallel_tasks(tiles_, 1, [&](int64_t t) { gather(in, tile_at(shape_, t)); });
+    parallel_tasks(block.rows, row_grain, [&](int64_t row) { finish_row(out, row); });
+    parallel_tasks(tiles_, 1, [&](int64_t t) { spread(in, out, tile_at(shape_, t)); });
+  }
+
+ private:
+  T* scores(const Tile& tile) { return scores_.get() + block_.rows * tile.first; }  // [rows, n]
+
+  // Scores of a tile, its softmax against the tile's own maximum, and its share of the context.
+  void gather(const ForwardInputs<T>& in, const Tile& tile) {
+    const int64_t n = tile.size, E = shape_.key_width, F = shape_.value_width;
+    T* s = scores(tile);                                                                // [rows, n]
+    T* context = context_.get() + tile.index * block_.rows * F;                         // [rows, F]
+    for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t rows) {
+      const T* key = in.key + (group * shape_.patches + tile.first) * E;                // [n, E]
+      const T* value = in.value + (group * shape_.patches + tile.first) * F;            // [n, F]
+      gemm<T>(plain, transposed, rows, n, E, in.query + (block_.first + row) * E, E, key, E, 0, s + row * n, n);
+      for (int64_t r = row; r < row + rows; ++r) {
+        softmax_.exponentiate(tile.index, r, s + r * n, n, scale_);
+      }
+      gemm<T>(plain, plain, rows, F, n, s + row * n, n, value, F, 0, context + row * F, F);
+    });
+  }
+
+  void finish_row(const ForwardOutputs<T>& out, int64_t row) {
+    const int64_t F = shape_.value_width;
+    out.lse[block_.first + row] = softmax_.finish_row(row);
+    sum_partials_row<T>(context_.get(), tiles_, block_.rows, F, row,
+                        [&](int64_t t) { return softmax_.weight(t, row); }, out.context + (block_.first + row) * F);
+  }
+
+  // What each patch receives: importance, its attention column, and the pose values.
+  void spread(const ForwardInputs<T>& in, const ForwardOutputs<T>& out, const Tile& tile) {
+    const int64_t n = tile.size, D = shape_.model_width, rows = block_.rows;
+    T* a = scores(tile);  // [rows, n]
+    normalize(a, tile, out.importance + tile.first);
+    if (out.attention != nullptr) {
+      T* columns = out.attention + tile.first * shape_.rows() + block_.first;  // [n, R]
+      for_transposed(rows, n, [&](int64_t r, int64_t p) { columns[p * shape_.rows() + r] = a[r * n + p]; });
+    }
+    if (out.patches != nullptr) {
+      T* target = out.patches + tile.first * D;  // [n, D]
+      if (block_.first == 0) {
+        std::memcpy(target, in.patches + tile.first * D, n * D * sizeof(T));
+      }
+      gemm<T>(transposed, plain, n, D, rows, a, n, in.pose_value + block_.first * D, D, 1, target, D);
+    }
+  }
+
+  void normalize(T* a, const Tile& tile, T* importance) {
+    const int64_t n = tile.size;
+    if (block_.first == 0) {
+      std::fill_n(importance, n, T(0));
+    }
+    const Vec<T> share(T(1) / static_cast<T>(shape_.rows()));
+    constexpr int64_t strip = 16;  // rows summed in a register before they join the running mean
+    for (int64_t first = 0; first < block_.rows; first += strip) {
+      const int64_t last = std::min(first + strip, block_.rows);
+      for_vectors<T>(n, [&](int64_t i, int64_t count) {
+        Vec<T> sum(0);
+        for (int64_t r = first; r < last; ++r) {
+          const Vec<T> x = Vec<T>::loadu(a + r * n + i, count) * Vec<T>(softmax_.weight(tile.index, r));
+          x.store(a + r * n + i, static_cast<int>(count));
+          sum = sum + x;
+        }
+        at::vec::fmadd(sum, share, Vec<T>::loadu(importance + i, count)).store(importance + i, static_cast<int>(count));
+      });
+    }
+  }
+
+  const AttentionShape& shape_;
+  T scale_;
+  RowBlock block_{0, 0};
+  int64_t tiles_;
+  Buffer<T> scores_;   // [tiles][rows, n]
+  Buffer<T> context_;  // [tiles, rows, F]
+  TiledSoftmax<T> softmax_;
+};
+
+// dA = dO Vᵀ + U dXᵀ + g/R + dAttention;  dS = scale · A ∘ (dA − δ), δ = rowsum(A ∘ dA);
+// dQ = dS K;  dK = dSᵀ Q;  dV = Aᵀ dO;  dU = A dX.
+template <typename T>
+class BackwardBlock {
+ public:
+  BackwardBlock(const AttentionShape& shape, T scale, int64_t rows)
+      : shape_(shape),
+        scale_(scale),
+        tiles_(tile_count(shape)),
+        attention_(uninitialized<T>(rows * shape.patches)),
+        grad_(uninitialized<T>(rows * shape.patches)),
+        partial_(uninitialized<T>(tiles_ * rows * std::max(shape.key_width, shape.model_width))),
+        softmax_(tiles_, rows),
+        delta_(uninitialized<T>(tiles_ * rows)) {}
+
+  void run(const BackwardInputs<T>& in, const BackwardOutputs<T>& out, RowBlock block) {
+    block_ = block;
+    parallel_tasks(tiles_, 1, [&](int64_t t) { recompute(in, tile_at(shape_, t)); });
+    parallel_tasks(block.rows, row_grain, [&](int64_t row) { finish_row(in, out, row); });
+    parallel_tasks(tiles_, 1, [&](int64_t t) { token_gradients(in, out, tile_at(shape_, t)); });
+    parallel_tasks(block.rows, row_grain, [&](int64_t row) {
+      const int64_t E = shape_.key_width;
+      sum_partials_row<T>(partial_.get(), tiles_, block_.rows, E, row, [](int64_t) { return T(1); },
+                          out.grad_query + (block_.first + row) * E);
+    });
+  }
+
+ private:
+  T* attention(const Tile& tile) { return attention_.get() + block_.rows * tile.first; }  // [rows, n]
+  T* grad(const Tile& tile) { return grad_.get() + block_.rows * tile.first; }            // [rows, n]
+
+  // A and dA of a tile, A against the tile's own maximum, and the tile's shares of δ and dU.
+  void recompute(const BackwardInputs<T>& in, const Tile& tile) {
+    const int64_t n = tile.size, D = shape_.model_width, rows = block_.rows;
+    T* a = attention(tile);
+    for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t group_rows) {
+      const int64_t E = shape_.key_width;
+      const T* key = in.key + (group * shape_.patches + tile.first) * E;  // [n, E]
+      gemm<T>(plain, transposed, group_rows, n, E, in.query + (block_.first + row) * E, E, key, E, 0, a + row * n, n);
+    });
+    attention_gradient(in, tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      row_statistics(in, tile, r);
+    }
+    if (in.grad_patches != nullptr) {
+      T* grad_pose_value = partial_.get() + tile.index * rows * D;  // [rows, D]
+      gemm<T>(plain, plain, rows, D, n, a, n, in.grad_patches + tile.first * D, D, 0, grad_pose_value, D);
+    }
+  }
+
+  // dA of a tile, without the importance term.
+  void attention_gradient(const BackwardInputs<T>& in, const Tile& tile) {
+    const int64_t n = tile.size, D = shape_.model_width, rows = block_.rows;
+    T* d = grad(tile);
+    T add = 0;
+    if (in.grad_context != nullptr) {
+      for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t group_rows) {
+        const int64_t F = shape_.value_width;
+        const T* value = in.value + (group * shape_.patches + tile.first) * F;  // [n, F]
+        gemm<T>(plain, transposed, group_rows, n, F, in.grad_context + (block_.first + row) * F, F, value, F, 0,
+                d + row * n, n);
+      });
+      add = 1;
+    }
+    if (in.grad_patches != nullptr) {
+      gemm<T>(plain, transposed, rows, n, D, in.pose_value + block_.first * D, D, in.grad_patches + tile.first * D, D,
+              add, d, n);
+      add = 1;
+    }
+    if (add == 0) {
+      std::fill_n(d, rows * n, T(0));
+    }
+    if (in.grad_attention != nullptr) {
+      const T* columns = in.grad_attention + tile.first * shape_.rows() + block_.first;  // [n, R]
+      for_transposed(rows, n, [&](int64_t r, int64_t p) { d[r * n + p] += columns[p * shape_.rows() + r]; });
+    }
+  }
+
+  void row_statistics(const BackwardInputs<T>& in, const Tile& tile, int64_t row) {
+    const int64_t n = tile.size;
+    T* a = attention(tile) + row * n;
+    T* d = grad(tile) + row * n;
+    softmax_.exponentiate(tile.index, row, a, n, scale_);
+    const Vec<T> share(T(1) / static_cast<T>(shape_.rows()));
+    Vec<T> delta(0);
+    for_vectors<T>(n, [&](int64_t i, int64_t count) {
+      Vec<T> g = Vec<T>::loadu(d + i, count);
+      if (in.grad_importance != nullptr) {
+        g = at::vec::fmadd(Vec<T>::loadu(in.grad_importance + tile.first + i, count), share, g);
+        g.store(d + i, static_cast<int>(count));
+      }
+      delta = at::vec::fmadd(Vec<T>::loadu(a + i, count), g, delta);
+    });
+    delta_[tile.index * block_.rows + row] = sum_lanes<T>(delta);
+  }
+
+  // Leaves δ of the row in delta_[row]. The softmax is normalised anew rather than by the saved log-sum-exp,
+  // whose rounding alone is 5e-4 at logits of 1e4.
+  void finish_row(const BackwardInputs<T>& in, const BackwardOutputs<T>& out, int64_t row) {
+    softmax_.finish_row(row);
+    T delta = 0;
+    for (int64_t t = 0; t < tiles_; ++t) {
+      delta += softmax_.weight(t, row) * delta_[t * block_.rows + row];
+    }
+    delta_[row] = delta;
+    if (out.grad_pose_value == nullptr) {
+      return;
+    }
+    const int64_t D = shape_.model_width;
+    T* target = out.grad_pose_value + (block_.first + row) * D;
+    if (in.grad_patches != nullptr) {
+      sum_partials_row<T>(partial_.get(), tiles_, block_.rows, D, row,
+                          [&](int64_t t) { return softmax_.weight(t, row); }, target);
+    } else {
+      std::fill_n(target, D, T(0));
+    }
+  }
+
+  void token_gradients(const BackwardInputs<T>& in, const BackwardOutputs<T>& out, const Tile& tile) {
+    const int64_t n = tile.size, E = shape_.key_width, F = shape_.value_width;
+    T* a = attention(tile);                                           // [rows, n]
+    T* d = grad(tile);                                                // [rows, n]
+    T* grad_query = partial_.get() + tile.index * block_.rows * E;    // [rows, E]
+    for (int64_t r = 0; r < block_.rows; ++r) {
+      score_gradient(a + r * n, d + r * n, n, softmax_.weight(tile.index, r), delta_[r]);
+    }
+    for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t rows) {
+      const int64_t first_token = group * shape_.patches + tile.first;
+      gemm<T>(plain, plain, rows, E, n, d + row * n, n, in.key + first_token * E, E, 0, grad_query + row * E, E);
+      if (out.grad_key == nullptr) {
+        return;
+      }
+      const bool starts_group = (block_.first + row) % shape_.group_rows() == 0;
+      T* grad_key = out.grad_key + first_token * E;        // [n, E]
+      T* grad_value = out.grad_value + first_token * F;    // [n, F]
+      T add = starts_group ? T(0) : T(1);
+      if (starts_group && out.patches_is_key && in.grad_patches != nullptr) {
+        std::memcpy(grad_key, in.grad_patches + tile.first * E, n * E * sizeof(T));
+        add = 1;
+      }
+      gemm<T>(transposed, plain, n, E, rows, d + row * n, n, in.query + (block_.first + row) * E, E, add, grad_key, E);
+      if (in.grad_context != nullptr) {
+        add = starts_group && grad_value != grad_key ? T(0) : T(1);
+        gemm<T>(transposed, plain, n, F, rows, a + row * n, n, in.grad_context + (block_.first + row) * F, F, add,
+                grad_value, F);
+      } else if (starts_group && grad_value != grad_key) {
+        std::fill_n(grad_value, n * F, T(0));
+      }
+    });
+  }
+
+  // a = A and d = scale · dS from the recomputed A, dA.
+  void score_gradient(T* a, T* d, int64_t n, T weight, T delta) const {
+    const Vec<T> weights(weight), deltas(delta), scales(scale_);
+    for_vectors<T>(n, [&](int64_t i, int64_t count) {
+      const auto size = static_cast<int>(count);
+      const Vec<T> x = Vec<T>::loadu(a + i, count) * weights;
+      (x * (Vec<T>::loadu(d + i, count) - deltas) * scales).store(d + i, size);
+      x.store(a + i, size);
+    });
+  }
+
+  const AttentionShape& shape_;
+  T scale_;
+  RowBlock block_{0, 0};
+  int64_t tiles_;
+  Buffer<T> attention_;  // [tiles][rows, n]
+  Buffer<T> grad_;       // [tiles][rows, n]
+  Buffer<T> partial_;    // [tiles, rows, D] for dU, then [tiles, rows, E] for dQ
+  TiledSoftmax<T> softmax_;
+  Buffer<T> delta_;      // [tiles, rows], then [rows]
+};
+
+}  // namespace
+
+template <typename T>
+void Attention<T>::forward(const ForwardInputs<T>& in, const ForwardOutputs<T>& out) const {
+  const int64_t rows = rows_per_block(shape_, sizeof(T));
+  ForwardBlock<T> scratch(shape_, scale_, rows);
+  for_each_block(shape_, rows, [&](const RowBlock& block) { scratch.run(in, out, block); });
+}
+
+template <typename T>
+void Attention<T>::backward(const BackwardInputs<T>& in, const BackwardOutputs<T>& out) const {
+  const int64_t rows = rows_per_block(shape_, 2 * sizeof(T));
+  BackwardBlock<T> scratch(shape_, scale_, rows);
+  for_each_block(shape_, rows, [&](const RowBlock& block) { scratch.run(in, out, block); });
+}
+
+template class Attention<float>;
+template class Attention<double>;
+
+}  // namespace liftbyimage::cpu

@@ -1,0 +1,45 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+// Native CPU implementations of the op schemas in csrc/bindings.cpp.
+namespace liftbyimage::cpu {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Tensor2 = std::tuple<at::Tensor, at::Tensor>;
+using Tensor3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Tensor4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// -> context [B,H,J,F], importance [B,P], attention [B,H,J,P] or [0], lse [B,H,J]
+Tensor4 attend_patches_forward(const at::Tensor& query, const at::Tensor& key, const OptionalTensor& value,
+                               double scale, bool need_attention);
+
+// -> grad_query [B,H,J,E], grad_key [B,Hk,P,E], grad_value [B,Hk,P,F]
+Tensor3 attend_patches_backward(const OptionalTensor& grad_context, const OptionalTensor& grad_importance,
+                                const OptionalTensor& grad_attention, const at::Tensor& query, const at::Tensor& key,
+                                const OptionalTensor& value, const at::Tensor& context, const at::Tensor& lse,
+                                double scale, bool need_token_grads);
+
+// -> context [B,H,J,F], patches_out [B,P,D], importance [B,P], lse [B,H,J]
+Tensor4 pose_guided_attention_forward(const at::Tensor& query, const at::Tensor& key, const OptionalTensor& value,
+                                      const at::Tensor& pose_value, const OptionalTensor& patches, double scale);
+
+// -> grad_query [B,H,J,E], grad_key [B,Hk,P,E], grad_value [B,Hk,P,F], grad_pose_value [B,H,J,D]
+Tensor4 pose_guided_attention_backward(const OptionalTensor& grad_context, const OptionalTensor& grad_patches,
+                                       const OptionalTensor& grad_importance, const at::Tensor& query,
+                                       const at::Tensor& key, const OptionalTensor& value,
+                                       const at::Tensor& pose_value, const at::Tensor& context,
+                                       const at::Tensor& lse, double scale, bool need_token_grads,
+                                       bool patches_is_key);
+
+// -> kept [B,K,D], index [B,K] ascending
+Tensor2 prune_patches_forward(const at::Tensor& patches, const at::Tensor& importance, int64_t keep);
+
+// -> grad_patches [B,P,D]
+at::Tensor prune_patches_backward(const at::Tensor& grad_kept, const at::Tensor& index, int64_t num_patches);
+
+}  // namespace liftbyimage::cpu
