@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all the set-up themselves: a virtual environment, pinned dependencies, the compiled extension.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f -name '*.[chp]*' 2>/dev/null) $(wildcard csrc/cuda/*.cu)
+
+.PHONY: setup demo test check bench gpu train-demo clean
+
+setup: $(VENV)/.built
+
+demo: setup
+	$(BIN)/liftbyimage demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only
+
+train-demo: setup
+	$(BIN)/liftbyimage train-demo
+
+# With an NVIDIA GPU: build with the local nvcc and run every test; nothing may skip for want of a GPU.
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest tests --require-gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info liftbyimage/*.so
+
+$(VENV)/.dependencies: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement constraints.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
