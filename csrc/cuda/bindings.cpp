@@ -1,0 +1,318 @@
+// Registers the CUDA launchers under the schemas that `liftbyimage._C` defines. LibTorch's stable ABI only, so that one
+// build loads with any torch >= 2.10, with CUDA or without. The Python edge has validated its arguments with full
+// sentences; the checks here keep a direct call of a raw op from reading out of bounds.
+
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+#include "pose_guided_attention.h"
+#include "prune_patches.h"
+
+// Weak: CPU-only torch has no such symbol, yet the module must load there. Not hidden, or the linker makes it null.
+extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace liftbyimage::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+void check_launch(cudaError_t error, const char* op) {
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA streams");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+int32_t dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16 for the CUDA kernels");
+  }
+}
+
+void check(const Tensor& tensor, const Sizes& expected, ScalarType dtype, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(expected.size()), name, " must have ", expected.size(),
+                  " dimensions, got ", tensor.dim());
+  for (size_t i = 0; i < expected.size(); ++i)
+    STD_TORCH_CHECK(tensor.size(i) == expected[i], name, " must have size ", expected[i], " in dimension ", i, ", got ",
+                    tensor.size(i));
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+                  " must be on the CUDA device of the first argument");
+}
+
+Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// A patch-side tensor is used in place as long as its width is contiguous.
+Tensor width_contiguous(const Tensor& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+PatchTensor grouped(const Tensor& tensor) {  // [B, Hk, P, width]
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+PatchTensor ungrouped(const Tensor& tensor) {  // [B, P, width]
+  return {tensor.data_ptr(), tensor.stride(0), 0, tensor.stride(1)};
+}
+
+// The tensors that both directions read, made fit for the kernels, and what the kernels are told about them.
+struct Attention {
+  Tensor query, key, pose_value;
+  OptionalTensor value;
+  PoseGuidedAttentionInputs inputs;
+  Sizes context_sizes, row_sizes, patches_sizes, importance_sizes;
+
+  Attention(const Tensor& query_in, const Tensor& key_in, const OptionalTensor& value_in, const Tensor& pose_value_in,
+            double scale)
+      : query(torch::stable::contiguous(query_in)),
+        key(width_contiguous(key_in)),
+        pose_value(torch::stable::contiguous(pose_value_in)) {
+    STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && pose_value.dim() == 4,
+                    "query, key and pose_value must have 4 dimensions");
+    const ScalarType dtype = query.scalar_type();
+    const int64_t batch = query.size(0), heads = query.size(1), joints = query.size(2), key_width = query.size(3);
+    const int64_t groups = key.size(1), patches = key.size(2), model_width = pose_value.size(3);
+    STD_TORCH_CHECK(groups == 1 || groups == heads, "key must have 1 or ", heads, " heads, got ", groups);
+    STD_TORCH_CHECK(heads > 0 && joints > 0 && patches > 0, "heads, joints and patches must be at least 1");
+    check(key, {batch, groups, patches, key_width}, dtype, query, "key");
+    check(pose_value, {batch, heads, joints, model_width}, dtype, query, "pose_value");
+    int64_t value_width = key_width;
+    if (value_in.has_value()) {
+      STD_TORCH_CHECK(value_in->dim() == 4, "value must have 4 dimensions, got ", value_in->dim());
+      value_width = value_in->size(3);
+      check(*value_in, {batch, groups, patches, value_width}, dtype, query, "value");
+      value = width_contiguous(*value_in);
+    }
+    for (const int64_t width : {key_width, value_width, model_width})
+      STD_TORCH_CHECK(width <= kMaxWidth, "the CUDA kernels serve widths up to ", kMaxWidth, ", got ", width);
+    for (const int64_t size : {batch, heads * joints, patches})
+      STD_TORCH_CHECK(size <= INT32_MAX, "the CUDA kernels serve sizes up to ", INT32_MAX, ", got ", size);
+
+    inputs.dtype = dtype_of(query, "query");
+    inputs.batch = static_cast<int32_t>(batch);
+    inputs.groups = static_cast<int32_t>(groups);
+    inputs.rows = static_cast<int32_t>(heads * joints / groups);
+    inputs.patches = static_cast<int32_t>(patches);
+    inputs.key_width = static_cast<int32_t>(key_width);
+    inputs.value_width = static_cast<int32_t>(value_width);
+    inputs.model_width = static_cast<int32_t>(model_width);
+    inputs.scale = static_cast<float>(scale);
+    inputs.query = query.data_ptr();
+    inputs.key = grouped(key);
+    inputs.value = value.has_value() ? grouped(*value) : inputs.key;
+    inputs.pose_value = pose_value.data_ptr();
+    inputs.stream = current_stream(query);
+
+    row_sizes = {batch, heads, joints};
+    context_sizes = {batch, heads, joints, value_width};
+    patches_sizes = {batch, patches, model_width};
+    importance_sizes = {batch, patches};
+  }
+
+  void check_patches_is_key() const {
+    STD_TORCH_CHECK(inputs.groups == 1 && inputs.key_width == inputs.model_width,
+                    "patches may be key itself only where key has one head of pose_value's width");
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(Tensor query, Tensor key, OptionalTensor value,
+                                                             Tensor pose_value, OptionalTensor patches, double scale) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Attention attention(query, key, value, pose_value, scale);
+  const ScalarType dtype = query.scalar_type();
+  PoseGuidedAttentionForward params{};
+  params.inputs = attention.inputs;
+  OptionalTensor tokens;
+  if (patches.has_value()) {
+    check(*patches, attention.patches_sizes, dtype, query, "patches");
+    tokens = width_contiguous(*patches);
+    params.tokens = ungrouped(*tokens);
+  } else {
+    attention.check_patches_is_key();
+    params.tokens = attention.inputs.key;
+  }
+  const Tensor context = empty(query, attention.context_sizes);
+  const Tensor patches_out = empty(query, attention.patches_sizes);
+  const Tensor importance = empty(query, attention.importance_sizes, ScalarType::Float);
+  const Tensor lse = empty(query, attention.row_sizes, ScalarType::Float);
+  const Tensor residual = empty(query, attention.row_sizes, ScalarType::Float);
+  params.context = context.data_ptr();
+  params.patches_out = patches_out.data_ptr();
+  params.importance = static_cast<float*>(importance.data_ptr());
+  params.lse = static_cast<float*>(lse.data_ptr());
+  params.residual = static_cast<float*>(residual.data_ptr());
+  check_launch(pose_guided_attention_forward(&params), "pose_guided_attention_forward");
+  return {context, patches_out, importance, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(OptionalTensor grad_context, OptionalTensor grad_patches,
+                                                              OptionalTensor grad_importance, Tensor query, Tensor key,
+                                                              OptionalTensor value, Tensor pose_value, Tensor context,
+                                                              Tensor lse, double scale, bool need_token_grads,
+                                                              bool patches_is_key) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const Attention attention(query, key, value, pose_value, scale);
+  const ScalarType dtype = query.scalar_type();
+  if (patches_is_key) attention.check_patches_is_key();
+  check(context, attention.context_sizes, dtype, query, "context");
+  check(lse, attention.row_sizes, ScalarType::Float, query, "lse");
+  const Tensor row_lse = torch::stable::contiguous(lse);
+  const Tensor residual = empty(query, attention.row_sizes, ScalarType::Float);
+  const Tensor delta = empty(query, attention.row_sizes, ScalarType::Float);
+  PoseGuidedAttentionBackward params{};
+  params.inputs = attention.inputs;
+  params.lse = static_cast<const float*>(row_lse.data_ptr());
+  params.residual = static_cast<float*>(residual.data_ptr());
+  params.delta = static_cast<float*>(delta.data_ptr());
+  params.patches_is_key = patches_is_key;
+  if (grad_context.has_value()) {
+    check(*grad_context, attention.context_sizes, dtype, query, "grad_context");
+    grad_context = torch::stable::contiguous(*grad_context);
+    params.grad_context = grad_context->data_ptr();
+  }
+  if (grad_patches.has_value()) {
+    check(*grad_patches, attention.patches_sizes, dtype, query, "grad_patches");
+    grad_patches = width_contiguous(*grad_patches);
+    params.grad_patches = ungrouped(*grad_patches);
+  }
+  if (grad_importance.has_value()) {
+    check(*grad_importance, attention.importance_sizes, ScalarType::Float, query, "grad_importance");
+    grad_importance = torch::stable::contiguous(*grad_importance);
+    params.grad_importance = static_cast<const float*>(grad_importance->data_ptr());
+  }
+  const bool separate_value = need_token_grads && value.has_value();
+  const auto& in = attention.inputs;
+  const Sizes key_sizes = {in.batch, in.groups, in.patches, in.key_width};
+  const Sizes value_sizes = {in.batch, in.groups, in.patches, in.value_width};
+  const Sizes none = {0};
+  const Tensor grad_query = empty(query, {query.size(0), query.size(1), query.size(2), query.size(3)});
+  const Tensor grad_key = empty(query, need_token_grads ? key_sizes : none);
+  const Tensor grad_value = empty(query, separate_value ? value_sizes : none);
+  const Tensor grad_pose_value =
+      empty(query, {query.size(0), query.size(1), query.size(2), static_cast<int64_t>(in.model_width)});
+  params.grad_query = grad_query.data_ptr();
+  params.grad_key = need_token_grads ? grad_key.data_ptr() : nullptr;
+  params.grad_value = separate_value ? grad_value.data_ptr() : nullptr;
+  params.grad_pose_value = grad_pose_value.data_ptr();
+  check_launch(pose_guided_attention_backward(&params), "pose_guided_attention_backward");
+  return {grad_query, grad_key, grad_value, grad_pose_value};
+}
+
+std::tuple<Tensor, Tensor> prune_forward(Tensor patches, Tensor importance, int64_t keep) {
+  STD_TORCH_CHECK(patches.dim() == 3, "patches must have 3 dimensions, got ", patches.dim());
+  const int64_t batch = patches.size(0), num_patches = patches.size(1), width = patches.size(2);
+  STD_TORCH_CHECK(keep >= 1 && keep <= num_patches, "keep must be between 1 and ", num_patches, ", got ", keep);
+  STD_TORCH_CHECK(batch <= INT32_MAX && num_patches <= INT32_MAX, "batch and patches must fit 32 bits");
+  check(importance, {batch, num_patches}, importance.scalar_type(), patches, "importance");
+  const torch::stable::accelerator::DeviceGuard guard(patches.get_device_index());
+  const int64_t size = static_cast<int64_t>(patches.element_size());
+  const Tensor rows = width_contiguous(patches);
+  const Tensor scores = torch::stable::contiguous(importance);
+  const Tensor kept = empty(patches, {batch, keep, width});
+  const Tensor index = empty(patches, {batch, keep}, ScalarType::Long);
+  PrunePatchesForward params{};
+  params.importance_dtype = dtype_of(importance, "importance");
+  params.batch = static_cast<int32_t>(batch);
+  params.patches = static_cast<int32_t>(num_patches);
+  params.keep = static_cast<int32_t>(keep);
+  params.row_bytes = width * size;
+  params.rows = rows.data_ptr();
+  params.rows_batch_stride = rows.stride(0) * size;
+  params.rows_patch_stride = rows.stride(1) * size;
+  params.importance = scores.data_ptr();
+  params.kept = kept.data_ptr();
+  params.index = static_cast<int64_t*>(index.data_ptr());
+  params.stream = current_stream(patches);
+  check_launch(prune_patches_forward(&params), "prune_patches_forward");
+  return {kept, index};
+}
+
+Tensor prune_backward(Tensor grad_kept, Tensor index, int64_t num_patches) {
+  STD_TORCH_CHECK(grad_kept.dim() == 3, "grad_kept must have 3 dimensions, got ", grad_kept.dim());
+  const int64_t batch = grad_kept.size(0), keep = grad_kept.size(1), width = grad_kept.size(2);
+  STD_TORCH_CHECK(num_patches >= 1 && num_patches <= INT32_MAX && batch <= INT32_MAX && keep <= INT32_MAX,
+                  "num_patches must be between 1 and ", INT32_MAX, ", got ", num_patches);
+  check(index, {batch, keep}, ScalarType::Long, grad_kept, "index");
+  const torch::stable::accelerator::DeviceGuard guard(grad_kept.get_device_index());
+  const Tensor rows = torch::stable::contiguous(grad_kept);
+  const Tensor slots = torch::stable::contiguous(index);
+  const Tensor grad_patches = empty(grad_kept, {batch, num_patches, width});
+  PrunePatchesBackward params{};
+  params.batch = static_cast<int32_t>(batch);
+  params.patches = static_cast<int32_t>(num_patches);
+  params.keep = static_cast<int32_t>(keep);
+  params.row_bytes = width * static_cast<int64_t>(grad_kept.element_size());
+  params.grad_kept = rows.data_ptr();
+  params.index = static_cast<const int64_t*>(slots.data_ptr());
+  params.grad_rows = grad_patches.data_ptr();
+  params.stream = current_stream(grad_kept);
+  check_launch(prune_patches_backward(&params), "prune_patches_backward");
+  return grad_patches;
+}
+
+}  // namespace
+}  // namespace liftbyimage::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(liftbyimage, CUDA, m) {
+  m.impl("pose_guided_attention_forward", TORCH_BOX(&liftbyimage::cuda::attention_forward));
+  m.impl("pose_guided_attention_backward", TORCH_BOX(&liftbyimage::cuda::attention_backward));
+  m.impl("prune_patches_forward", TORCH_BOX(&liftbyimage::cuda::prune_forward));
+  m.impl("prune_patches_backward", TORCH_BOX(&liftbyimage::cuda::prune_backward));
+}
+
+namespace {
+
+#define LIFTBYIMAGE_QUOTE(text) #text
+#define LIFTBYIMAGE_QUOTE_VALUE(macro) LIFTBYIMAGE_QUOTE(macro)
+
+PyObject* build_info(PyObject*, PyObject*) {
+  PyObject* cuda = PyUnicode_FromFormat("%d.%d", CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+  return Py_BuildValue("{s:N,s:s}", "cuda", cuda, "architectures",
+                       LIFTBYIMAGE_QUOTE_VALUE(LIFTBYIMAGE_CUDA_ARCHITECTURES));
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS,
+     "The CUDA version and the architectures (joined by +) this module was built for."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_cuda",
+                      "Native CUDA operators of liftbyimage; importing it registers them.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cuda() { return PyModule_Create(&module); }

@@ -1,0 +1,106 @@
+// Stand-in for CUDA's header of this name: the part that csrc/cuda uses, run by emulate.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "emulate.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __launch_bounds__(...)
+
+using std::min;
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx;
+inline dim3 blockIdx;
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace liftbyimage::cuda {
+inline float4 shared_memory[emulate::kSharedLimit / sizeof(float4)];
+}
+
+#define CUDART_VERSION 0
+
+inline const char* cudaGetErrorString(cudaError_t) { return "a launcher refused its arguments"; }
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  return static_cast<size_t>(bytes) <= emulate::kSharedLimit ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <typename Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
+  if (config->gridDim.x == 0) return cudaErrorInvalidConfiguration;
+  emulate::run_grid(
+      config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
+      reinterpret_cast<char*>(liftbyimage::cuda::shared_memory),
+      [](unsigned block, unsigned thread) {
+        blockIdx.x = block;
+        threadIdx.x = thread;
+      },
+      [&] { kernel(params); });
+  return cudaSuccess;
+}
+
+#define __syncthreads() emulate::Block::current()->sync_block(__LINE__)
+#define __shfl_xor_sync(mask, value, lanes) emulate_shuffle_xor(mask, value, lanes, __LINE__)
+#define __shfl_up_sync(mask, value, lanes) emulate_shuffle_up(mask, value, lanes, __LINE__)
+
+template <typename T>
+T emulate_shuffle_xor(unsigned mask, T value, int lanes, int line) {
+  emulate::Block& block = *emulate::Block::current();
+  const int from = block.lane() ^ lanes;
+  return block.exchange(mask, value, line, [&](auto handed_in) { return handed_in(from); });
+}
+
+template <typename T>
+T emulate_shuffle_up(unsigned mask, T value, int lanes, int line) {
+  emulate::Block& block = *emulate::Block::current();
+  const int from = block.lane() >= lanes ? block.lane() - lanes : block.lane();
+  return block.exchange(mask, value, line, [&](auto handed_in) { return handed_in(from); });
+}
+
+inline int atomicAdd(int* address, int value) {
+  const int before = *address;
+  *address += value;
+  return before;
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}

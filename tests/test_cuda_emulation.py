@@ -1,0 +1,277 @@
+"""The CUDA kernels of csrc/cuda, run on the CPU thread by thread: the same sources, without a GPU.
+
+This proves indexing and arithmetic. It does not prove freedom from races, beyond what two orders of threads
+can show, nor anything about speed: only a run on a GPU does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+
+import pytest
+import torch
+from cuda_emulation import emulated
+
+from liftbyimage import ops
+from liftbyimage._extension import CPU_MISSING
+from liftbyimage.ops._dispatch import Backend
+from liftbyimage.testing import CASES, Case, check_against_float64, make_inputs
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ATTENTION_CASES = {case.name: case for case in CASES["pose_guided_attention"] if case.name != "many_patches"}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    library = emulated.compile_library(tmp_path_factory.mktemp("cuda_emulation"))
+    return {
+        "pose_guided_attention": emulated.PoseGuidedAttention(library),
+        "prune_patches": emulated.PrunePatches(library),
+    }
+
+
+@pytest.fixture(scope="module")
+def bindings(kernels):
+    if CPU_MISSING is not None:
+        pytest.skip(CPU_MISSING)
+    return {op: emulated.Binding(op) for op in kernels}
+
+
+@pytest.fixture(autouse=True)
+def emulated_backend(kernels, monkeypatch):
+    """Lets `backend="cuda"` of the public ops reach the emulated launchers."""
+    for op, kernel in kernels.items():
+        module = importlib.import_module(f"liftbyimage.ops.{op}")
+        backend = Backend("cuda", lambda *tensors: None, kernel.forward, kernel.backward)
+        others = tuple(other for other in module.BACKENDS if other.name != "cuda")
+        monkeypatch.setattr(module, "BACKENDS", (*others, backend))
+        monkeypatch.setitem(module._BY_NAME, "cuda", backend)
+
+
+def check_attention(case, dtype=torch.float32, **arguments):
+    inputs = make_inputs("pose_guided_attention", case, dtype)
+    check_against_float64("pose_guided_attention", {**inputs, **arguments}, dtype, "cuda")
+
+
+def check_prune(case, dtype=torch.float32):
+    check_against_float64("prune_patches", make_inputs("prune_patches", case, dtype), dtype, "cuda")
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("name", ATTENTION_CASES)
+def test_attention_agrees_with_float64(name):
+    check_attention(ATTENTION_CASES[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["separate_heads", "odd_patches", "one_tensor_strided"])
+def test_attention_agrees_with_float64_in_half_precision(name, dtype):
+    check_attention(ATTENTION_CASES[name], dtype)
+
+
+@pytest.mark.parametrize("shared_head", [True, False])
+def test_widest_supported(shared_head):
+    check_attention(Case("", B=1, H=2, J=3, P=5, E=512, F=512, D=512, shared_head=shared_head))
+
+
+def raw_arguments(case, dtype=torch.float32):
+    inputs = make_inputs("pose_guided_attention", case, dtype)
+    value = None if inputs["value"] is inputs["key"] else inputs["value"]
+    return inputs["query"], inputs["key"], value, inputs["pose_value"], inputs["patches"]
+
+
+def cotangents(context, patches_out, importance):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(t.shape, generator=generator) for t in (context, patches_out, importance)]
+
+
+@pytest.mark.parametrize("absent", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("value_is_key", [True, False])
+def test_missing_gradient_equals_zero_gradient(kernels, absent, value_is_key):
+    kernel = kernels["pose_guided_attention"]
+    query, key, value, pose_value, patches = raw_arguments(Case("", J=9, P=70, value_is_key=value_is_key))
+    context, patches_out, importance, lse = kernel.forward(query, key, value, pose_value, patches, 0.3)
+    given = cotangents(context, patches_out, importance)
+    saved = (query, key, value, pose_value, context, lse, 0.3, True, False)
+    with_none = kernel.backward(*(None if i in absent else g for i, g in enumerate(given)), *saved)
+    with_zeros = kernel.backward(*(g * 0 if i in absent else g for i, g in enumerate(given)), *saved)
+    for missing, zero in zip(with_none, with_zeros, strict=True):
+        torch.testing.assert_close(missing, zero, rtol=0, atol=0)
+
+
+def test_token_gradients_are_skipped_on_request(kernels):
+    kernel = kernels["pose_guided_attention"]
+    arguments = raw_arguments(Case("", P=20))
+    context, patches_out, importance, lse = kernel.forward(*arguments, 0.3)
+    saved = (*arguments[:4], context, lse, 0.3)
+    given = cotangents(context, patches_out, importance)
+    full = kernel.backward(*given, *saved, True, False)
+    rows_only = kernel.backward(*given, *saved, False, False)
+    assert rows_only[1].shape == rows_only[2].shape == (0,)
+    assert torch.equal(rows_only[0], full[0])
+    assert torch.equal(rows_only[3], full[3])
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 30.0])
+def test_any_scale(scale):
+    check_attention(Case("", J=5, P=70), scale=scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_key_spoils_what_depends_on_it(bad):
+    inputs = make_inputs("pose_guided_attention", Case("", B=2, P=70, shared_head=False), torch.float32)
+    inputs["key"][0, 1, 66] = bad  # second tile, head 1 of sample 0
+    actual = ops.pose_guided_attention(**inputs, backend="cuda")
+    plain = ops.pose_guided_attention(**inputs, backend="reference")
+    assert actual.context[0, 1].isnan().all()
+    for name in actual._fields:
+        mine, theirs = getattr(actual, name), getattr(plain, name)
+        assert torch.equal(mine.isnan(), theirs.isnan()), name
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_minus_infinity_masks_a_whole_tile():
+    query = torch.ones(1, 1, 3, 1)
+    key = torch.zeros(1, 1, 70, 1)
+    key[:, :, :64] = -torch.inf
+    value = torch.arange(70.0).reshape(1, 1, 70, 1)
+    inputs = (query, key, value, torch.ones(1, 1, 3, 2), torch.zeros(1, 70, 2))
+    context, patches, importance = ops.pose_guided_attention(*inputs, backend="cuda")
+    torch.testing.assert_close(context, torch.full_like(context, 66.5))
+    assert importance[0, :64].eq(0).all() and patches[0, :64].eq(0).all()
+    torch.testing.assert_close(importance[0, 64:], torch.full((6,), 1 / 6))
+
+
+def test_result_is_the_same_bit_for_bit_in_any_order_of_threads_and_beside_any_other_sample(kernels):
+    """A missing barrier between a write and a read shows in one of the two orders."""
+    kernel = kernels["pose_guided_attention"]
+    case = Case("", H=3, J=13, P=70, E=40, F=24, D=72, shared_head=False)
+    arguments = raw_arguments(case)
+
+    def everything(*tensors):
+        context, patches_out, importance, lse = kernel.forward(*tensors, 0.2)
+        given = [c[: len(context)] for c in cotangents(*full)]
+        saved = (*tensors[:4], context, lse, 0.2, True, False)
+        return [context, patches_out, importance, lse, *kernel.backward(*given, *saved)]
+
+    full = kernel.forward(*arguments, 0.2)[:3]
+    ascending = everything(*arguments)
+    kernel.library.set_descending(1)
+    descending = everything(*arguments)
+    kernel.library.set_descending(0)
+    alone = everything(*(tensor[:1] for tensor in arguments))
+    for first, second, single in zip(ascending, descending, alone, strict=True):
+        assert torch.equal(bits(first), bits(second))
+        assert torch.equal(bits(first[:1]), bits(single))
+
+
+@pytest.mark.parametrize("case", CASES["prune_patches"], ids=str)
+def test_prune_agrees_with_reference(case):
+    check_prune(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prune_orders_every_kind_of_number(dtype):
+    infinity, nan = float("inf"), float("nan")
+    special = [0.0, -0.0, nan, -infinity, infinity, 1e-7, -1e-7, 1.0, -1.0, nan, 0.0, 2.0]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randint(len(special), (3, 700), generator=generator)
+    importance = torch.tensor(special, dtype=dtype)[order]
+    patches = torch.arange(3 * 700 * 2, dtype=torch.float32).reshape(3, 700, 2)
+    for keep in (1, 55, 300, 512, 640, 700):
+        actual = ops.prune_patches(patches, importance, keep, backend="cuda")
+        expected = ops.prune_patches(patches, importance, keep, backend="reference")
+        assert torch.equal(actual.index, expected.index)
+        assert torch.equal(actual.patches, expected.patches)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 9], ids=lambda width: f"{2 * width}_bytes")
+def test_prune_moves_rows_of_any_length(width):
+    check_prune(Case("", B=2, P=130, D=width, K=77), torch.float16)
+
+
+def test_prune_with_more_patches_than_fit_in_shared_memory():
+    check_prune(Case("", B=1, P=9001, K=4000, D=2, ties=True))
+
+
+def test_prune_does_not_depend_on_the_order_of_threads(kernels):
+    kernel = kernels["prune_patches"]
+    inputs = make_inputs("prune_patches", Case("", B=2, P=1300, K=400, D=3, ties=True), torch.float32)
+    kept, index = kernel.forward(**inputs)
+    grad = kernel.backward(kept, index, 1300)
+    kernel.library.set_descending(1)
+    again_kept, again_index = kernel.forward(**inputs)
+    again_grad = kernel.backward(kept, index, 1300)
+    kernel.library.set_descending(0)
+    assert torch.equal(index, again_index) and torch.equal(kept, again_kept) and torch.equal(grad, again_grad)
+
+
+def equal(mine, theirs):
+    return all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("need_token_grads", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["separate_heads", "widths_differ", "strided_heads", "expanded", "one_tensor_strided", "empty_batch"],
+)
+def test_binding_hands_everything_to_the_attention_launchers(kernels, bindings, name, need_token_grads):
+    kernel, binding = kernels["pose_guided_attention"], bindings["pose_guided_attention"]
+    case = ATTENTION_CASES[name]
+    query, key, value, pose_value, patches = raw_arguments(case)
+    patches = None if case.patches_is_key else patches
+    expected = kernel.forward(query, key, value, pose_value, patches, 0.3)
+    assert equal(binding.forward(query, key, value, pose_value, patches, 0.3), expected)
+    context, patches_out, importance, lse = expected
+    given = [grad.flip(-1) for grad in cotangents(context, patches_out, importance)]
+    given[1] = given[1].transpose(1, 2).contiguous().transpose(1, 2)
+    saved = (query, key, value, pose_value, context, lse, 0.3, need_token_grads, case.patches_is_key)
+    for absent in (None, 0, 1, 2):
+        grads = [None if i == absent else grad for i, grad in enumerate(given)]
+        assert equal(binding.backward(*grads, *saved), kernel.backward(*grads, *saved))
+
+
+@pytest.mark.parametrize("name", ["plain", "strided", "expanded", "empty_batch"])
+def test_binding_hands_everything_to_the_prune_launchers(kernels, bindings, name):
+    kernel, binding = kernels["prune_patches"], bindings["prune_patches"]
+    case = next(case for case in CASES["prune_patches"] if case.name == name)
+    inputs = make_inputs("prune_patches", case, torch.float32)
+    importance = inputs["importance"].bfloat16()
+    kept, index = kernel.forward(inputs["patches"], importance, case.K)
+    assert equal(binding.forward(inputs["patches"], importance, case.K), (kept, index))
+    grad = kept.transpose(1, 2).contiguous().transpose(1, 2)
+    assert equal([binding.backward(grad, index, case.P)], [kernel.backward(grad, index, case.P)])
+
+
+def test_binding_refuses_what_would_be_read_out_of_bounds(bindings):
+    attention, prune = bindings["pose_guided_attention"], bindings["prune_patches"]
+    query, key, value, pose_value, patches = raw_arguments(Case(""))
+    bad = [
+        ("key must have size 16 in dimension 3, got 15", (query, key[..., 1:], None, pose_value, patches)),
+        ("key must have 1 or 4 heads, got 2", (query, key.repeat(1, 2, 1, 1), value, pose_value, patches)),
+        (
+            "value must have size 48 in dimension 2, got 47",
+            (query, key, value[:, :, 1:], pose_value, patches),
+        ),
+        ("patches must have size 48 in dimension 1, got 47", (query, key, value, pose_value, patches[:, 1:])),
+        ("pose_value has the wrong dtype", (query, key, value, pose_value.half(), patches)),
+        (
+            "query must be float32, float16 or bfloat16",
+            tuple(t.double() for t in (query, key, value, pose_value, patches)),
+        ),
+    ]
+    for message, arguments in bad:
+        with pytest.raises(RuntimeError, match=message):
+            attention.forward(*arguments, 0.3)
+    with pytest.raises(RuntimeError, match="keep must be between 1 and 48, got 49"):
+        prune.forward(patches, patches[..., 0], 49)
+    with pytest.raises(RuntimeError, match="importance must have size 48 in dimension 1, got 47"):
+        prune.forward(patches, patches[:, 1:, 0], 5)
