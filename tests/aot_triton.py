@@ -1,0 +1,216 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and prints what each one needs, as JSON.
+
+    python tests/aot_triton.py [--arch 80 90] [--jobs 2] [--quick] [--only TEXT]
+
+The launch functions themselves run on meta tensors while a recorder stands in for the launch, so the kernels,
+argument types and options compiled here are those that a GPU would get. Resources come from `cuobjdump`, shipped
+with Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+QUICK = ("bf16 width 256 shared", "bf16 width 48 shared", "fp32 width 48 shared", "bf16 prune 3072")
+
+
+def load_kernels() -> Any:
+    """The kernels' folder as a package of its own: without `liftbyimage`, compiled extensions or an installation."""
+    spec = importlib.util.spec_from_file_location(
+        "aot_kernels", KERNELS / "__init__.py", submodule_search_locations=[str(KERNELS)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["aot_kernels"] = package
+    spec.loader.exec_module(package)
+    return package
+
+
+def record_launches(call: Any) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
+    """The (kernel, arguments, keywords) of every launch that `call` makes; nothing is launched."""
+    launches = []
+
+    def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        launches.append((self, arguments, keywords))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return launches
+
+
+def attention_calls(dtype: torch.dtype, width: int, groups: int, shared: bool) -> dict[str, Any]:
+    """Forward and backward of both attention ops at B 2, H 8, J 17, P 3072; shared: one token tensor for all roles."""
+    from aot_kernels import attend_patches, pose_guided_attention
+
+    batch, heads, joints, num_patches, scale = 2, 8, 17, 3072, width**-0.5
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query, rows = new(batch, heads, joints, width), new(batch, heads, joints, width)
+    key = new(batch, groups, num_patches, width)
+    value = None if shared else new(batch, groups, num_patches, width)
+    patches = None if shared else new(batch, num_patches, width)
+    importance = new(batch, num_patches, dtype=torch.float32)
+    lse = new(batch, heads, joints, dtype=torch.float32)
+    attention = new(batch, num_patches, heads * joints).transpose(1, 2).unflatten(1, (heads, joints))
+    return {
+        "attend_patches.forward": lambda: attend_patches.forward(query, key, value, scale, True),
+        "attend_patches.backward": lambda: attend_patches.backward(
+            rows, importance, attention, query, key, value, rows, lse, scale, True
+        ),
+        "pose_guided_attention.forward": lambda: pose_guided_attention.forward(
+            query, key, value, rows, patches, scale
+        ),
+        "pose_guided_attention.backward": lambda: pose_guided_attention.backward(
+            rows, importance.new_empty(batch, num_patches, width, dtype=dtype), importance,
+            query, key, value, rows, rows, lse, scale, True, shared,
+        ),
+    }  # fmt: skip
+
+
+def prune_calls(dtype: torch.dtype, width: int, num_patches: int) -> dict[str, Any]:
+    from aot_kernels import prune_patches
+
+    keep = max(1, num_patches * 3 // 10)
+    patches = torch.empty(2, num_patches, width, dtype=dtype, device="meta")
+    importance = torch.empty(2, num_patches, dtype=torch.float32, device="meta")
+    index = torch.empty(2, keep, dtype=torch.int64, device="meta")
+    return {
+        "prune_patches.forward": lambda: prune_patches.forward(patches, importance, keep),
+        "prune_patches.backward": lambda: prune_patches.backward(patches[:, :keep], index, num_patches),
+    }
+
+
+def configurations() -> list[tuple[str, dict[str, Any]]]:
+    """What is compiled: the default absorbed and factored widths, separate tensors, the widest, and both dtypes."""
+    half, single = torch.bfloat16, torch.float32
+    return [
+        ("bf16 width 256 shared", attention_calls(half, 256, 1, True)),
+        ("bf16 width 48 shared", attention_calls(half, 48, 1, True)),
+        ("bf16 width 256 separate", attention_calls(half, 256, 1, False)),
+        ("bf16 width 32 per head", attention_calls(half, 32, 8, False)),
+        ("bf16 width 512 separate", attention_calls(half, 512, 1, False)),
+        ("fp32 width 256 shared", attention_calls(single, 256, 1, True)),
+        ("fp32 width 512 separate", attention_calls(single, 512, 1, False)),
+        ("fp32 width 48 shared", attention_calls(single, 48, 1, True)),
+        ("bf16 prune 3072", prune_calls(half, 256, 3072)),
+        ("fp32 prune 20000", prune_calls(single, 48, 20000)),
+    ]
+
+
+def specialise(
+    kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes as Triton derives them at launch (tensors aligned to 16 bytes)."""
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    values.update({name: value for name, value in keywords.items() if name in kernel.arg_names})
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    return signature, constants, attributes
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage, sass = (
+            subprocess.run([tool, flag, file], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    return found | {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "LDL", "STL")}
+
+
+def unique_launches() -> list[dict[str, Any]]:
+    """One entry per distinct (kernel, types, constants, options), named after the first call that needs it."""
+    seen, found = set(), []
+    for name, calls in configurations():
+        for call, function in calls.items():
+            for kernel, arguments, keywords in record_launches(function):
+                signature, constants, attributes = specialise(kernel, arguments, keywords)
+                options = {key: value for key, value in keywords.items() if key in OPTIONS}
+                identity = (kernel.__name__, str(signature), str(constants), str(options))
+                if identity not in seen:
+                    seen.add(identity)
+                    found.append(
+                        {
+                            "name": f"{call} {kernel.__name__}, {name}", "kernel": kernel, "signature": signature,
+                            "constants": constants, "attributes": attributes, "options": options,
+                        }  # fmt: skip
+                    )
+    return found
+
+
+def compile_one(number: int, arch: int) -> dict[str, Any]:
+    if "aot_kernels" not in sys.modules:
+        load_kernels()
+    torch.set_num_threads(1)
+    launch = unique_launches()[number]
+    source = triton.compiler.ASTSource(
+        fn=launch["kernel"], signature=launch["signature"],
+        constexprs=launch["constants"], attrs=launch["attributes"],
+    )  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch["options"])
+    return {
+        "name": launch["name"], "arch": arch, "warps": compiled.metadata.num_warps,
+        "shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot "),
+    } | resources(compiled.asm["cubin"])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="compile only entries whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="only the default absorbed and factored widths")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("aot_triton: unset TRITON_INTERPRET; interpreted kernels cannot be compiled")
+    load_kernels()
+    wanted = QUICK if arguments.quick else ("",)
+    numbers = [
+        number
+        for number, launch in enumerate(unique_launches())
+        if arguments.only in launch["name"] and launch["name"].endswith(wanted)
+    ]
+    tasks = [(number, arch) for number in numbers for arch in arguments.arch]
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        print(json.dumps(list(pool.map(compile_one, *zip(*tasks, strict=True))), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Triton kernels in the interpreter, where the ops' cases do not reach: many tiles, split and padded widths."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
+)
+
+
+def kernels(name):
+    return importlib.import_module(f"liftbyimage.kernels.{name}")
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that an output element nobody wrote shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def oracle(query, key, value, pose_value, patches, scale):
+    attention = (scale * query @ key.transpose(-1, -2)).softmax(-1)
+    update = (attention.transpose(-1, -2) @ pose_value).sum(1)
+    return attention @ value, patches + update, attention.mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    "dtype, groups, num_patches, widths",
+    [
+        (torch.float32, 2, 70, (20, 24, 40)),  # three patch tiles, two groups, two chunks of a padded width
+        (torch.float32, 1, 33, (130, 140, 150)),  # every result split over two programs
+        (torch.float16, 1, 130, (48, 48, 48)),  # three patch tiles, a padded whole width
+        (torch.float16, 1, 33, (260, 270, 280)),  # every result split, contractions in chunks
+    ],
+)
+def test_tiles_and_splits_against_float64(poisoned, dtype, groups, num_patches, widths):
+    generator = torch.Generator().manual_seed(0)
+    e, f, d = widths
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+    heads, joints, scale = 2, 19, e**-0.5
+    query, key, value = draw(1, heads, joints, e), draw(1, groups, num_patches, e), draw(1, groups, num_patches, f)
+    pose_value, patches = draw(1, heads, joints, d), draw(1, num_patches, d)
+    inputs = (query, key, value, pose_value, patches)
+    module = kernels("pose_guided_attention")
+    context, patches_out, importance, lse = module.forward(*inputs, scale)
+    cotangents = (draw(*context.shape), draw(*patches_out.shape), draw(*importance.shape, dtype=torch.float32))
+    gradients = module.backward(*cotangents, *inputs[:4], context, lse, scale, True, False)
+
+    leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = oracle(*leaves, scale)
+    expected_gradients = torch.autograd.grad(
+        expected, leaves[:4], [cotangent.double() for cotangent in cotangents]
+    )
+    bound = {torch.float32: 5e-6, torch.float16: 8e-3}[dtype]
+    pairs = zip((context, patches_out, importance, *gradients), (*expected, *expected_gradients), strict=True)
+    for position, (actual, wanted) in enumerate(pairs):
+        error = (actual.double() - wanted).abs().max()
+        assert error <= bound * wanted.abs().max(), f"output {position}: {error:.2e}"
+
+
+def test_all_infinite_logits_of_one_tile_do_not_spoil_the_row(poisoned):
+    key = torch.randn(1, 1, 100, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    key[:, :, :70, 0] = -torch.inf  # more than two float32 tiles of -inf logits, then finite ones
+    value = torch.ones(1, 1, 100, 16, device=DEVICE)
+    query = torch.ones(1, 1, 3, 16, device=DEVICE)
+    context, importance, _, lse = kernels("attend_patches").forward(query, key, value, 0.25, False)
+    assert torch.equal(importance[:, :70], torch.zeros(1, 70, device=DEVICE))
+    torch.testing.assert_close(context, torch.ones_like(context))
+    expected = torch.logsumexp(0.25 * key[0, 0].double().sum(-1), 0).float()
+    torch.testing.assert_close(lse, expected.expand_as(lse))
+
+
+def test_nan_logit_spoils_its_row_only(poisoned):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 1, 3, 16, generator=generator).to(DEVICE)
+    query[0, 0, 1, 4] = torch.nan
+    key = torch.randn(1, 1, 50, 16, generator=generator).to(DEVICE)
+    context, importance, _, _ = kernels("attend_patches").forward(query, key, None, 0.25, False)
+    assert context[0, 0].isnan().all(1).tolist() == [False, True, False]
+    assert not context[0, 0, [0, 2]].isnan().any()
+    assert importance.isnan().all()
+
+
+def test_prune_over_several_blocks_orders_nan_zero_and_ties(poisoned, monkeypatch):
+    prune = kernels("prune_patches")
+    monkeypatch.setattr(prune, "LARGEST_BLOCK", 128)
+    importance = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).mul(2).round().to(DEVICE)
+    importance[0, ::7] = torch.nan
+    importance[1] = torch.where(importance[1] > 0, 0.0, -0.0)
+    patches = torch.randn(2, 300, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    kept, index = prune.forward(patches, importance, 280)
+    lowest_last = importance.nan_to_num(nan=-torch.inf).add(0.0)
+    expected = lowest_last.sort(dim=1, descending=True, stable=True).indices[:, :280].sort(dim=1).values
+    assert torch.equal(index, expected)
+    rows = expected[..., None].expand(-1, -1, 24)
+    assert torch.equal(kept, patches.gather(1, rows))
+    assert torch.equal(prune.backward(kept, index, 300), torch.zeros_like(patches).scatter(1, rows, kept))

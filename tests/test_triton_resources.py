@@ -1,0 +1,38 @@
+"""Every Triton kernel, compiled ahead of time without a GPU, fits the chip: shared memory, registers, tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one program may use
+SCRIPT = Path(__file__).with_name("aot_triton.py")
+
+
+def compiled(arch: int) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--arch", str(arch), "--quick"]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
+def test_kernels_fit_without_spills_and_use_tensor_cores(arch):
+    kernels = compiled(arch)
+    assert {kernel["name"].split(".")[0] for kernel in kernels} == {
+        "attend_patches",
+        "pose_guided_attention",
+        "prune_patches",
+    }
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
+        assert kernel["STACK"] == kernel["LOCAL"] == kernel["LDL"] == kernel["STL"] == 0, kernel
+        if "bf16" in kernel["name"] and kernel["dots"]:
+            assert kernel["HGMMA" if arch == 90 else "HMMA"] > 0, kernel
