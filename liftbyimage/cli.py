@@ -154,3 +154,14 @@ def doctor(
         typer.echo(json.dumps(findings, indent=1))
     else:
         print_report(Console(), findings)
+
+
+@app.command("bench-report")
+def bench_report(
+    results: Annotated[Path, typer.Argument(help="JSON of `pytest bench --benchmark-json=FILE`.", show_default=False)],
+) -> None:
+    """Print the measured figures of a benchmark run as a Markdown table."""
+    with _mistakes_in_one_sentence():
+        from liftbyimage.bench_report import table
+
+        typer.echo(table(results))

@@ -1,0 +1,172 @@
+"""One row of a benchmark: verify, count, weigh, then time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import machine
+import pytest
+import torch
+from machine import DEVICE
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from verification import Truth, find_truth, verify
+from workload import COMPILED_BOUNDS, TRAINING, Call, Implementation, Step, Workload, build, draw, dtype_name
+
+MAX_INPUT_SETS = 64
+WARM_UP_CALLS = 3
+SECONDS_PER_ROW = 1.5
+MIN_ROUNDS, MAX_ROUNDS = 5, 300
+AVAILABLE_SHARE = 0.6  # of the free memory that one row may take
+
+
+def count_flops(step: Step, call: Call) -> int:
+    """Floating-point operations of the products in one call, a multiply-add counted as 2."""
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    formulas = {cpu_attention: _attention_flops, cpu_attention_backward: _attention_backward_flops}
+    # The counter's hooks refuse leaves as inputs of a module inside torch.autograd.grad.
+    no_leaves = Call(tuple(tensor.clone() for tensor in call.inputs), call.cotangents)
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        step(no_leaves)
+    return counter.get_total_flops()
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, heads, rows, width = query
+    return int(2 * batch * heads * rows * key[2] * (width + value[3]))
+
+
+def _attention_backward_flops(
+    grad_output: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    # scores again, dV = Aᵀ dO, dA = dO Vᵀ, dQ = dS K, dK = dSᵀ Q
+    batch, heads, rows, width = query
+    return int(2 * batch * heads * rows * key[2] * (3 * width + 2 * value[3]))
+
+
+def peak_memory(step: Step, call: Call) -> int:
+    """Bytes allocated at most at one time by one call beyond inputs and weights; its results count.
+
+    On a CPU the profiler follows every allocation of the calling thread; scratch of worker threads is not seen.
+    """
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(call)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(call)
+    kineto = profiler.profiler
+    assert kineto is not None
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
+
+
+def saved_for_backward(step: Step, call: Call) -> int:
+    """Bytes that forward keeps for backward beyond inputs and weights."""
+    given = {t.untyped_storage().data_ptr() for t in (*call.inputs, *step.module.parameters())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step(call)
+    return sum(kept.values())
+
+
+def rotating_calls(workload: Workload, first: Call) -> list[Call]:
+    """Enough sets of inputs that none is still cached when its turn comes again, within the memory there is."""
+    wanted = -(-2 * machine.last_level_cache() // first.size())
+    affordable = machine.available_memory() // 8 // first.size()
+    count = max(2, min(wanted, affordable, MAX_INPUT_SETS))
+    return [first, *(draw(workload, seed) for seed in range(2, count + 1))]
+
+
+def take_time(benchmark: Any, step: Step, calls: Sequence[Call]) -> None:
+    turns = itertools.cycle(calls)
+    for _ in range(WARM_UP_CALLS):
+        step(next(turns))
+    start = time.perf_counter()
+    step(next(turns))
+    wanted = SECONDS_PER_ROW / (time.perf_counter() - start)
+    rounds = int(min(max(wanted, MIN_ROUNDS), MAX_ROUNDS))
+    benchmark.pedantic(step, setup=lambda: ((next(turns),), {}), rounds=rounds)
+
+
+class Measurement:
+    """The `measure` fixture: verifies, counts, weighs and times one row, or skips it and says why."""
+
+    def __init__(self, benchmark: Any, ceilings: machine.Ceilings, truths: dict[str, Truth]) -> None:
+        self.benchmark, self.ceilings, self.truths = benchmark, ceilings, truths
+
+    def __call__(self, workload: Workload, implementation: Implementation) -> None:
+        reason = _why_not(workload, implementation)
+        if reason is not None:
+            pytest.skip(f"{workload.group}, {implementation}: {reason}")
+        truth = self._truth_of(workload)
+        eager = Step(workload, build(workload, implementation.build, truth.weights))
+        step = Step(workload, eager.module, compiled=True) if implementation.compiled else eager
+        verify(truth, step, workload.bounds or (COMPILED_BOUNDS if implementation.compiled else None))
+        facts = self._facts(workload, implementation, step, truth.call)
+        # A compiled module hides its products; they are those of the module it was compiled from.
+        facts["flops"] = count_flops(eager, truth.call)
+        self.record(workload.group, facts)
+        if self.benchmark.enabled:
+            calls = rotating_calls(workload, truth.call)
+            facts["input_sets"] = len(calls)
+            take_time(self.benchmark, step, calls)
+            self.record_rates()
+        else:
+            self.benchmark(step, truth.call)
+
+    def record(self, group: str, facts: dict[str, Any]) -> None:
+        self.benchmark.group = group
+        self.benchmark.extra_info = facts
+
+    def record_rates(self) -> None:
+        facts, seconds = self.benchmark.extra_info, self.benchmark.stats.stats.median
+        facts["gflops"] = facts["flops"] / seconds / 1e9
+        facts["fraction_of_matmul"] = facts["gflops"] / self.ceilings.matmul_gflops
+        facts["fraction_of_copy"] = facts["bytes"] / seconds / 1e9 / self.ceilings.copy_gbytes
+
+    def _facts(self, workload: Workload, implementation: Implementation, step: Step, call: Call) -> dict[str, Any]:
+        setting = workload.setting
+        facts = {
+            "implementation": implementation.name,
+            "op": workload.op,
+            "direction": setting.direction,
+            "shape": {"B": setting.B, "P": setting.P, "D": setting.D},
+            "dtype": dtype_name(),
+            **machine.description(self.ceilings),
+            "bytes": workload.compulsory_bytes,
+            "peak_memory_bytes": peak_memory(step, call),
+        }
+        if setting.direction == TRAINING and not implementation.compiled:
+            facts["saved_bytes"] = saved_for_backward(step, call)
+        return facts
+
+    def _truth_of(self, workload: Workload) -> Truth:
+        """Rows of a group follow each other, so only the last group's truth is kept."""
+        if workload.group not in self.truths:
+            self.truths.clear()
+            self.truths[workload.group] = find_truth(workload)
+        return self.truths[workload.group]
+
+
+def _why_not(workload: Workload, implementation: Implementation) -> str | None:
+    if implementation.compiled and not workload.setting.central:
+        return "compiled at the central settings only"
+    available = AVAILABLE_SHARE * machine.available_memory()
+    if workload.needed_bytes > available:
+        return f"needs about {workload.needed_bytes / 1e9:.1f} GB, {available / 1e9:.1f} GB may be taken"
+    return implementation.why_not(workload.setting)

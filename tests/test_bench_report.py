@@ -1,0 +1,117 @@
+"""The table made of a benchmark's JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from liftbyimage import cli
+from liftbyimage.bench_report import table
+
+LAYER, PRUNE = "pose_guided_attention forward B8 P3072 D256 float32 cpu", "prune_patches forward B8"
+
+
+def _entry(group: str, implementation: str, median: float, **figures: Any) -> dict[str, Any]:
+    machine = {
+        "device_name": "Some CPU",
+        "threads": 2,
+        "versions": {"liftbyimage": "0.1.0", "torch": "2.13.0+cpu"},
+        "matmul_gflops": 194.6,
+        "copy_gbytes": 6.63,
+    }
+    facts = {"implementation": implementation, **machine, **figures}
+    return {"group": group, "extra_info": facts, "stats": {"median": median, "mean": 7.0}}
+
+
+def _results(tmp_path: Path, data: Any) -> Path:
+    path = tmp_path / "results.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    figures = {
+        "gflops": 103.4,
+        "fraction_of_matmul": 0.531,
+        "fraction_of_copy": 0.0461,
+        "peak_memory_bytes": 78_912_345,
+    }
+    ours = {"gflops": 170.2, "fraction_of_matmul": 0.8746, "fraction_of_copy": 0.25, "peak_memory_bytes": 25_400_000}
+    entries = [
+        _entry(LAYER, "reference", 0.1003, **figures),
+        _entry(LAYER, "liftbyimage cpu", 0.02006, **ours),
+        _entry(PRUNE, "reference", 0.00401, gflops=0.0, fraction_of_matmul=0.0, fraction_of_copy=0.5),
+        _entry(PRUNE, "a|b", 0.0000153),
+        _entry("alone", "kernel op (cpu)", 1234.5),
+    ]
+    return _results(tmp_path, {"datetime": "2026-01-02T03:04:05", "benchmarks": entries})
+
+
+def test_table(results: Path) -> None:
+    assert table(results) == "\n".join(
+        [
+            "Measured on 2026-01-02: Some CPU, 2 CPU threads; liftbyimage 0.1.0, torch 2.13.0+cpu; "
+            "matrix product 195 GFLOP/s; copy 6.63 GB/s.",
+            "",
+            "| work | implementation | median ms | speed against reference | GFLOP/s | of matmul rate | of copy rate "
+            "| peak memory MB |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"| {LAYER} | reference | 100 | 1.00× | 103 | 53 % | 5 % | 78.9 |",
+            "|  | liftbyimage cpu | 20.1 | 5.00× | 170 | 87 % | 25 % | 25.4 |",
+            f"| {PRUNE} | reference | 4.01 | 1.00× | – | – | 50 % | – |",
+            "|  | a\\|b | 0.0153 | 262.09× | – | – | – | – |",
+            "| alone | kernel op (cpu) | 1234500 | – | – | – | – | – |",
+        ]
+    )
+
+
+def test_command_prints_the_table(results: Path) -> None:
+    run = CliRunner().invoke(cli.app, ["bench-report", str(results)])
+    assert (run.exit_code, run.stdout, run.stderr) == (0, table(results) + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ("{", "not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
+        ([], 'expected what pytest-benchmark writes, an object with a list "benchmarks"'),
+        ({"benchmarks": {}}, 'expected what pytest-benchmark writes, an object with a list "benchmarks"'),
+        ({"benchmarks": []}, "no row was measured"),
+        (
+            {"benchmarks": [{"stats": {"median": 1.0}}]},
+            'entry 0 has no "implementation" in its "extra_info": not one of these benchmarks',
+        ),
+        (
+            {"benchmarks": ["row"]},
+            'entry 0 has no "implementation" in its "extra_info": not one of these benchmarks',
+        ),
+        (
+            {"benchmarks": [_entry("g", "reference", 1.0), _entry("g", "ours", 0.0)]},
+            'entry 1 has no positive "median" in its "stats"',
+        ),
+        (
+            {"benchmarks": [_entry("g", "reference", float("nan"))]},
+            'entry 0 has no positive "median" in its "stats"',
+        ),
+    ],
+)
+def test_refuses_in_one_sentence(tmp_path: Path, data: Any, sentence: str) -> None:
+    path = _results(tmp_path, data)
+    with pytest.raises(ValueError) as refused:
+        table(path)
+    assert str(refused.value) == f"benchmark results {path}: {sentence}"
+    run = CliRunner().invoke(cli.app, ["bench-report", str(path)])
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert run.stderr == f"error: benchmark results {path}: {sentence}\n"
+
+
+def test_refuses_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "missing.json"
+    run = CliRunner().invoke(cli.app, ["bench-report", str(path)])
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert run.stderr == f"error: benchmark results {path}: no such file\n"
