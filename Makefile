@@ -26,10 +26,13 @@ bench: setup
 train-demo: setup
 	$(BIN)/liftbyimage train-demo
 
-# With an NVIDIA GPU: build with the local nvcc and run every test; nothing may skip for want of a GPU.
+# On a machine with an NVIDIA GPU and its own torch: build with the local nvcc, run every test (none may skip for want of
+# a GPU), then every benchmark to JSON.
 gpu:
-	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest tests --require-gpu
+	$(PYTHON) -m pytest bench --benchmark-only --benchmark-json=gpu-results.json
+	$(PYTHON) -m liftbyimage bench-report gpu-results.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info liftbyimage/*.so

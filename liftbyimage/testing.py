@@ -43,6 +43,7 @@ class Case:
         "contiguous"  # "strided": every tensor is a transposed view; "expanded": one sample for the whole batch
     )
     magnitude: float = 1.0
+    scale: float | None = None
     ties: bool = False
     slow_interpreter: bool = False  # too much work for an interpreted kernel
 
@@ -67,6 +68,9 @@ _ATTENTION_CASES = (
     Case("expanded", layout="expanded", B=3),
     Case("large_logits", magnitude=100.0),
     Case("ties", ties=True, value_is_key=True),
+    Case("zero_scale", scale=0.0, value_is_key=True),
+    Case("negative_scale", scale=-1.0, P=50, value_is_key=True),
+    Case("sharp", scale=30.0),
 )
 
 CASES: dict[str, tuple[Case, ...]] = {
@@ -133,6 +137,7 @@ def make_inputs(
         "query": draw(case.B, case.H, case.J, case.E) * case.magnitude,
         "key": key,
         "value": key if case.value_is_key else draw(case.B, key_heads, case.P, value_width),
+        "scale": case.scale,
     }
     if op == "pose_guided_attention":
         inputs["pose_value"] = draw(case.B, case.H, case.J, case.D)

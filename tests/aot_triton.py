@@ -168,8 +168,12 @@ def unique_launches() -> list[dict[str, Any]]:
                     seen.add(identity)
                     found.append(
                         {
-                            "name": f"{call} {kernel.__name__}, {name}", "kernel": kernel, "signature": signature,
-                            "constants": constants, "attributes": attributes, "options": options,
+                            "name": f"{call} {kernel.__name__}, {name}",
+                            "kernel": kernel,
+                            "signature": signature,
+                            "constants": constants,
+                            "attributes": attributes,
+                            "options": options,
                         }  # fmt: skip
                     )
     return found

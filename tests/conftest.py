@@ -2,9 +2,28 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.manual_seed(0)
+
+def pytest_addoption(parser):
+    parser.addoption("--require-gpu", action="store_true", help="fail where a test would skip for want of a GPU")
+
+
+def pytest_configure(config):
+    if config.getoption("require_gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("--require-gpu: torch sees no CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and item.config.getoption("require_gpu"):
+        reason = str(report.longrepr)
+        if "CUDA" in reason or "GPU" in reason:
+            report.outcome = "failed"
+            report.longrepr = f"skipped although --require-gpu was given: {reason}"
+    return report

@@ -75,9 +75,7 @@ def test_points_not_in_front_are_nan_and_leave_the_others() -> None:
 def test_world_and_camera_axes_are_inverse(points: np.ndarray) -> None:
     R, t = _rotation(1.0, -0.7, 2.0), np.array([0.3, 1.1, 4.0])
     np.testing.assert_allclose(world_to_camera(points[0], R, t), R @ points[0] + t, rtol=1e-14)
-    np.testing.assert_allclose(
-        camera_to_world(world_to_camera(points, R, t), R, t), points, rtol=0, atol=1e-13
-    )
+    np.testing.assert_allclose(camera_to_world(world_to_camera(points, R, t), R, t), points, rtol=0, atol=1e-13)
 
 
 def test_batched_cameras_equal_one_by_one(points: np.ndarray) -> None:

@@ -74,9 +74,7 @@ def test_round_trip_is_exact(saved: Path, pipeline: models.Pipeline) -> None:
     assert checkpoint.read_checkpoint(saved)["note"] == "a test"
 
 
-def test_half_precision_weights_load_as_float32(
-    tmp_path: Path, pipeline: models.Pipeline, saved: Path
-) -> None:
+def test_half_precision_weights_load_as_float32(tmp_path: Path, pipeline: models.Pipeline, saved: Path) -> None:
     path = tmp_path / "half.pt"
     checkpoint.save_pipeline(pipeline, path, encoder="tiny", dtype=torch.float16)
     assert path.stat().st_size < 0.6 * saved.stat().st_size
@@ -165,8 +163,7 @@ def test_missing_and_unknown_weights(saved: Path, pipeline: models.Pipeline) -> 
     _change(saved, lifter_state={k: v for k, v in state.items() if not k.startswith("coarse_head")})
     _refused(
         saved,
-        f"checkpoint {saved}: lifter misses 2 weights of this configuration: "
-        "coarse_head.bias, coarse_head.weight",
+        f"checkpoint {saved}: lifter misses 2 weights of this configuration: coarse_head.bias, coarse_head.weight",
     )
     _change(saved, lifter_state={**state, "extra.weight": torch.zeros(1)})
     _refused(saved, f"checkpoint {saved}: lifter has unknown 1 weights of this configuration: extra.weight")
@@ -217,13 +214,9 @@ def test_official_weights_for_a_tiny_encoder(saved: Path, official: tuple[Path, 
     )
 
 
-def test_lifter_of_other_channels_than_its_encoder(
-    tmp_path: Path, official: tuple[Path, models.HRNet]
-) -> None:
+def test_lifter_of_other_channels_than_its_encoder(tmp_path: Path, official: tuple[Path, models.HRNet]) -> None:
     path = _hrnet_checkpoint(tmp_path / "lifter.pt", channels=48)
-    _refused(
-        path, "Pipeline: encoder must give the lifter's 48 channels, got 32", encoder_weights=official[0]
-    )
+    _refused(path, "Pipeline: encoder must give the lifter's 48 channels, got 32", encoder_weights=official[0])
 
 
 def test_encoder_weights_that_are_none(tmp_path: Path) -> None:

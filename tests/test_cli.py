@@ -59,7 +59,7 @@ def test_version() -> None:
 def test_help_names_every_command() -> None:
     result = _run("--help")
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("demo", "lift", "train-demo", "doctor"))
+    assert all(command in result.stdout for command in ("demo", "lift", "train-demo", "doctor", "bench-report"))
 
 
 def test_runs_as_a_module_without_loading_torch() -> None:
@@ -100,9 +100,7 @@ def test_lift_says_that_the_default_model_is_a_demonstration(
 def test_lift_with_official_encoder_weights(picture: tuple[Path, Path], tmp_path: Path) -> None:
     image, pose = picture
     torch.manual_seed(6)
-    pipeline = models.Pipeline(
-        models.hrnet_w32(), models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4))
-    )
+    pipeline = models.Pipeline(models.hrnet_w32(), models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4)))
     weights, lifter = tmp_path / "w32.pth", tmp_path / "lifter.pt"
     torch.save(pipeline.encoder.state_dict(), weights)
     checkpoint.save_pipeline(pipeline, lifter, encoder="hrnet-w32", with_encoder=False)
@@ -127,16 +125,12 @@ def test_lift_with_official_encoder_weights(picture: tuple[Path, Path], tmp_path
     assert (out / "poses.json").is_file()
 
 
-def test_lift_refuses_bad_input_before_it_writes(
-    small: Path, picture: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_lift_refuses_bad_input_before_it_writes(small: Path, picture: tuple[Path, Path], tmp_path: Path) -> None:
     image, pose = picture
     out, nowhere = tmp_path / "out", tmp_path / "nowhere"
     options = ("--checkpoint", small, "--out", out)
     _refused(f"image {nowhere}: no such file", "lift", image, nowhere, "--pose", pose, *options)
-    _refused(
-        f"image {pose}: not an image that OpenCV can read", "lift", image, pose, "--pose", pose, *options
-    )
+    _refused(f"image {pose}: not an image that OpenCV can read", "lift", image, pose, "--pose", pose, *options)
     _refused(f"pose file {nowhere}: no such file", "lift", image, "--pose", nowhere, *options)
     _refused(
         f"checkpoint {nowhere}: no such file",
@@ -144,9 +138,7 @@ def test_lift_refuses_bad_input_before_it_writes(
     )
     short = tmp_path / "short.json"
     short.write_text(json.dumps({"keypoints": [[1, 2]] * 16}), encoding="utf-8")
-    _refused(
-        f"pose file {short}: the pose has 16 keypoints, expected 17", "lift", image, "--pose", short, *options
-    )
+    _refused(f"pose file {short}: the pose has 16 keypoints, expected 17", "lift", image, "--pose", short, *options)
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"x.png": json.loads(pose.read_text())}), encoding="utf-8")
     _refused(f"pose file {other}: no entry for image 'person.png'", "lift", image, "--pose", other, *options)
@@ -166,9 +158,7 @@ def test_lift_keeps_the_users_own_files(small: Path, picture: tuple[Path, Path])
     _refused(f"--out {image}: expected a folder, got a file", "lift", image, "--pose", own, "--out", image)
 
 
-@pytest.mark.parametrize(
-    "arguments", [("lift", "a.png"), ("lift", "--pose", "p.json"), ("demo", "--people", 0)]
-)
+@pytest.mark.parametrize("arguments", [("lift", "a.png"), ("lift", "--pose", "p.json"), ("demo", "--people", 0)])
 def test_usage_errors(arguments: tuple[object, ...]) -> None:
     result = _run(*arguments)
     assert result.exit_code == 2
@@ -193,9 +183,7 @@ def test_demo_and_train_demo_pass_their_options_on(tmp_path: Path, monkeypatch: 
     assert [call[:-1] for call in calls] == [(out, 3, 7), (file, 8)]
     assert all(isinstance(call[-1], Console) for call in calls)
     (tmp_path / "taken").write_text("")
-    _refused(
-        f"--out {tmp_path / 'taken'}: expected a folder, got a file", "demo", "--out", tmp_path / "taken"
-    )
+    _refused(f"--out {tmp_path / 'taken'}: expected a folder, got a file", "demo", "--out", tmp_path / "taken")
     _refused(f"--out {tmp_path}: expected a file, got a folder", "train-demo", "--out", tmp_path)
 
 
@@ -251,9 +239,7 @@ def test_doctor_json_states_every_backend() -> None:
 def test_doctor_without_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = "the C++ extension is not built (no C++ compiler when liftbyimage was installed)"
     monkeypatch.setattr(_extension, "CPU_MISSING", missing)
-    monkeypatch.setattr(
-        _extension, "CUDA_MISSING", "the CUDA module needs the C++ extension, which is not built"
-    )
+    monkeypatch.setattr(_extension, "CUDA_MISSING", "the CUDA module needs the C++ extension, which is not built")
     monkeypatch.setattr(doctor, "_compiler", lambda: None)
     monkeypatch.setattr(doctor, "_nvcc_version", lambda: None)
     findings = doctor.report()

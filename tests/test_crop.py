@@ -80,9 +80,7 @@ def test_warp_is_black_outside_the_image() -> None:
 def test_normalised_edges_and_round_trip(keypoints: np.ndarray) -> None:
     corners = np.array([[-0.5, -0.5], [191.5, 255.5], [95.5, 127.5]])
     np.testing.assert_allclose(normalise_keypoints(corners), [[-1, -1], [1, 1], [0, 0]], atol=1e-15)
-    np.testing.assert_allclose(
-        denormalise_keypoints(normalise_keypoints(keypoints)), keypoints, rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(denormalise_keypoints(normalise_keypoints(keypoints)), keypoints, rtol=0, atol=1e-12)
     tensor = torch.from_numpy(keypoints).float()
     normalised = normalise_keypoints(tensor, (128, 96))
     assert normalised.dtype == torch.float32
@@ -165,29 +163,21 @@ def test_read_image_tells_missing_from_unreadable(tmp_path: Path) -> None:
 
 def test_bad_arguments_say_what_came() -> None:
     cases = {
-        "box_to_crop_matrix: box must be [..., 4] (x0, y0, x1, y1), got [3]": lambda: box_to_crop_matrix(
-            [1, 2, 3]
-        ),
+        "box_to_crop_matrix: box must be [..., 4] (x0, y0, x1, y1), got [3]": lambda: box_to_crop_matrix([1, 2, 3]),
         "box_to_crop_matrix: box must be finite with x0 < x1 and y0 < y1, got [3.0, 0.0, 3.0, 5.0]": lambda: (
             box_to_crop_matrix([3, 0, 3, 5])
         ),
-        "box_to_crop_matrix: padding must be more than 0, got 0": lambda: box_to_crop_matrix(
-            [0, 0, 1, 1], padding=0
-        ),
+        "box_to_crop_matrix: padding must be more than 0, got 0": lambda: box_to_crop_matrix([0, 0, 1, 1], padding=0),
         "apply_affine: matrix must be [..., 2, 3], got [3, 3]": lambda: apply_affine(np.eye(3), np.zeros(2)),
         "apply_affine: points must be [..., 2], got [3]": lambda: apply_affine(np.zeros((2, 3)), np.zeros(3)),
         "warp_crop: image must be uint8 [H, W, 3], got float64 [4, 4, 3]": lambda: warp_crop(
             np.zeros((4, 4, 3)), np.zeros((2, 3))
         ),
-        "normalise_keypoints: crop_px must be [..., 2], got [17, 3]": lambda: normalise_keypoints(
-            np.zeros((17, 3))
-        ),
-        "flip_keypoints: crop_px must be [..., 17, 2 or 3], got [16, 2]": lambda: flip_keypoints(
-            np.zeros((16, 2))
-        ),
+        "normalise_keypoints: crop_px must be [..., 2], got [17, 3]": lambda: normalise_keypoints(np.zeros((17, 3))),
+        "flip_keypoints: crop_px must be [..., 17, 2 or 3], got [16, 2]": lambda: flip_keypoints(np.zeros((16, 2))),
         "flip_pose: pose_3d must be [..., 17, 3], got [17, 2]": lambda: flip_pose(torch.zeros(17, 2)),
-        "normalise_image: image must be uint8 [..., H, W, 3], got torch.float32 [3, 8, 8]": lambda: (
-            normalise_image(torch.zeros(3, 8, 8))
+        "normalise_image: image must be uint8 [..., H, W, 3], got torch.float32 [3, 8, 8]": lambda: normalise_image(
+            torch.zeros(3, 8, 8)
         ),
     }
     for message, call in cases.items():

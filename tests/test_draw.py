@@ -93,9 +93,7 @@ def test_heat_is_brightest_where_attention_is(person) -> None:
     assert abs(hottest[1] - 119.5) <= 12
 
 
-@pytest.mark.parametrize(
-    "importance", [np.zeros(192), np.full(192, 1 / 192), np.eye(192)[5], np.full(192, np.nan)]
-)
+@pytest.mark.parametrize("importance", [np.zeros(192), np.full(192, 1 / 192), np.eye(192)[5], np.full(192, np.nan)])
 def test_degenerate_attention_still_draws(person, importance, tmp_path: Path) -> None:
     figure = draw.picture_of_person(**{**person, "importance": importance})
     draw.save_figure(figure, tmp_path / "p.png", dpi=40)

@@ -44,9 +44,7 @@ def assert_equals_slow(heatmaps: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [(64, 48), (1, 1), (1, 7), (5, 1), (2, 2), (3, 3), (17, 5)])
 def test_decode_equals_slow_loop(size: tuple[int, int], dtype: torch.dtype) -> None:
-    heatmaps = torch.randn(3, 5, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-        dtype
-    )
+    heatmaps = torch.randn(3, 5, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     assert_equals_slow(heatmaps)
     keypoints, scores = decode_heatmaps(heatmaps)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
@@ -71,9 +69,7 @@ def test_decode_peak_at_every_pixel_including_edges() -> None:
 def test_decode_reads_strided_maps() -> None:
     generator = torch.Generator().manual_seed(3)
     heatmaps = torch.randn(2, 9, 7, 5, generator=generator).permute(0, 3, 1, 2)
-    torch.testing.assert_close(
-        decode_heatmaps(heatmaps), decode_heatmaps(heatmaps.contiguous()), rtol=0, atol=0
-    )
+    torch.testing.assert_close(decode_heatmaps(heatmaps), decode_heatmaps(heatmaps.contiguous()), rtol=0, atol=0)
     assert_equals_slow(heatmaps)
 
 
@@ -209,9 +205,7 @@ def test_flip_average_equals_slow_loop(width: int, shift: bool) -> None:
 def test_flip_average_of_a_mirrored_pass_changes_nothing() -> None:
     heatmaps = torch.randn(2, 5, 8, 6, generator=torch.Generator().manual_seed(8))
     swap = torch.tensor([0, 2, 1, 4, 3])
-    torch.testing.assert_close(
-        flip_average(heatmaps, heatmaps[:, swap].flip(3), swap), heatmaps, rtol=0, atol=0
-    )
+    torch.testing.assert_close(flip_average(heatmaps, heatmaps[:, swap].flip(3), swap), heatmaps, rtol=0, atol=0)
     torch.testing.assert_close(
         flip_average(heatmaps, heatmaps[:, swap].flip(3), swap.numpy()), heatmaps, rtol=0, atol=0
     )

@@ -141,9 +141,7 @@ def test_published_names() -> None:
 
 
 def test_shapes_at_256x192() -> None:
-    outputs = meta_model(hrnet_w48)(
-        torch.empty(2, 3, 256, 192, device="meta"), ("final", "heatmaps", "branches")
-    )
+    outputs = meta_model(hrnet_w48)(torch.empty(2, 3, 256, 192, device="meta"), ("final", "heatmaps", "branches"))
     assert outputs["final"].shape == (2, 48, 64, 48)
     assert outputs["heatmaps"].shape == (2, 17, 64, 48)
     assert [tuple(branch.shape) for branch in outputs["branches"]] == [
@@ -215,9 +213,7 @@ def test_empty_batch(w32: HRNet) -> None:
     ("tracked", "prefix", "from_file"),
     [(True, "", True), (False, "", False), (True, "module.", False), (False, "module.", True)],
 )
-def test_load_official(
-    w32: HRNet, images: Tensor, tmp_path, tracked: bool, prefix: str, from_file: bool
-) -> None:
+def test_load_official(w32: HRNet, images: Tensor, tmp_path, tracked: bool, prefix: str, from_file: bool) -> None:
     weights = {
         prefix + name: value
         for name, value in w32.state_dict().items()

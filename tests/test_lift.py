@@ -178,12 +178,8 @@ def test_real_crops(pipeline, tmp_path: Path) -> None:
     for i, result in zip(chosen, lifted, strict=True):
         _check_lifted(result)
         # The joints lie in the crop cut here, where the data's own mapping and this crop's put them.
-        in_given_crop = apply_affine(
-            dataset.arrays["crop_matrix"][i], dataset.arrays["keypoints_h36m"][i, :, :2]
-        )
-        np.testing.assert_allclose(
-            result.keypoints, apply_affine(result.crop_matrix, in_given_crop), atol=1e-3
-        )
+        in_given_crop = apply_affine(dataset.arrays["crop_matrix"][i], dataset.arrays["keypoints_h36m"][i, :, :2])
+        np.testing.assert_allclose(result.keypoints, apply_affine(result.crop_matrix, in_given_crop), atol=1e-3)
         assert (result.keypoints >= 0).all()
         assert (result.keypoints < [192, 256]).all()
     write_results(lifted, tmp_path / "out")

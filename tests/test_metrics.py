@@ -42,9 +42,7 @@ def test_mpjpe_of_known_distances() -> None:
     target = torch.zeros(2, 4, 3, dtype=torch.float64)
     predicted = _offset(target, [10, 20, 30, 100])
     predicted[1] = 0.0
-    torch.testing.assert_close(
-        mpjpe(predicted, target, "none"), torch.tensor([0.040, 0.0], dtype=torch.float64)
-    )
+    torch.testing.assert_close(mpjpe(predicted, target, "none"), torch.tensor([0.040, 0.0], dtype=torch.float64))
     torch.testing.assert_close(mpjpe(predicted, target), torch.tensor(0.020, dtype=torch.float64))
 
 
@@ -187,9 +185,7 @@ def test_hull_mask_of_a_square_grows_by_a_share_of_the_box_height() -> None:
 def test_hull_mask_equals_opencv_distance() -> None:
     points = np.random.default_rng(0).uniform([10, 10], [50, 60], size=(17, 2)).astype(np.float32)
     hull = cv2.convexHull(points)
-    expected = np.array(
-        [[cv2.pointPolygonTest(hull, (x, y), True) >= -5.0 for x in range(64)] for y in range(70)]
-    )
+    expected = np.array([[cv2.pointPolygonTest(hull, (x, y), True) >= -5.0 for x in range(64)] for y in range(70)])
     assert 500 < expected.sum() < expected.size
     np.testing.assert_array_equal(hull_mask(points, (70, 64), box_height=50).numpy(), expected)
 
@@ -207,21 +203,17 @@ def test_bad_input_says_what_came() -> None:
     pose = torch.zeros(2, 17, 3)
     cases = {
         "mpjpe: predicted must be [..., J, 3], got [2, 17, 2]": lambda: mpjpe(pose[..., :2], pose),
-        "p_mpjpe: target must have the shape of predicted, [2, 17, 3], got [1, 17, 3]": lambda: p_mpjpe(
-            pose, pose[:1]
-        ),
+        "p_mpjpe: target must have the shape of predicted, [2, 17, 3], got [1, 17, 3]": lambda: p_mpjpe(pose, pose[:1]),
         "n_mpjpe: reduction must be 'mean' or 'none', got 'sum'": lambda: n_mpjpe(pose, pose, "sum"),
         "pck: target must be [..., J, 3], got [3]": lambda: pck(pose, torch.zeros(3)),
-        "background_attention: importance must be [B, 6] for grid 2×3, got [2, 5]": lambda: (
-            background_attention(torch.ones(2, 5), torch.ones(2, 2, 3), (2, 3))
+        "background_attention: importance must be [B, 6] for grid 2×3, got [2, 5]": lambda: background_attention(
+            torch.ones(2, 5), torch.ones(2, 2, 3), (2, 3)
         ),
         "background_attention: mask must be [2, H, W] with H ≥ 2 and W ≥ 3, got [2, 1, 3]": lambda: (
             background_attention(torch.ones(2, 6), torch.ones(2, 1, 3), (2, 3))
         ),
         "hull_mask: keypoints_px must be [J, 2], got [17, 3]": lambda: hull_mask(np.zeros((17, 3))),
-        "hull_mask: keypoints_px must be finite, got NaN or infinity": lambda: hull_mask(
-            np.full((17, 2), np.nan)
-        ),
+        "hull_mask: keypoints_px must be finite, got NaN or infinity": lambda: hull_mask(np.full((17, 2), np.nan)),
     }
     for message, call in cases.items():
         with pytest.raises(ValueError) as error:

@@ -196,6 +196,18 @@ def test_opcheck(op):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_compiled_and_triton_ops_have_one_schema(op, direction):
+    import importlib
+
+    module = importlib.import_module(f"liftbyimage.ops.{op}")
+    require(op, "cpu", make_inputs(op, SMALL[op], torch.float32))
+    native = str(getattr(module, f"_native_{direction}")._schema)
+    triton = str(getattr(module, f"_triton_{direction}")._schema)
+    assert native.partition("(")[2] == triton.partition("(")[2]
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_compile_fullgraph(op, backend):
     inputs = make_inputs(op, SMALL[op], torch.float32)
@@ -336,8 +348,22 @@ def test_attention_is_scaled_dot_product_attention():
 
 def test_scale_zero_is_not_mistaken_for_none():
     inputs = make_inputs("attend_patches", SMALL["attend_patches"], torch.float32)
-    result = ops.attend_patches(**inputs, scale=0.0)
+    inputs["scale"] = 0.0
+    result = ops.attend_patches(**inputs)
     torch.testing.assert_close(result.importance, torch.full_like(result.importance, 1 / 5))
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_more_scores_than_32_bit_indices_reach(backend):
+    """B·H·J·P is 2.2e9: the last sample equals the same sample alone."""
+    case = Case("huge", B=20, H=8, J=17, P=800_000, E=1, F=1)
+    inputs = make_inputs("attend_patches", case, torch.float32, device_of(backend))
+    require("attend_patches", backend, inputs)
+    assert case.B * case.H * case.J * case.P > 2**31
+    whole = ops.attend_patches(**inputs, backend=backend)
+    alone = ops.attend_patches(**convert(inputs, lambda tensor: tensor[-1:]), backend=backend)
+    assert torch.equal(whole.context[-1:], alone.context)
+    assert torch.equal(whole.importance[-1:], alone.importance)
 
 
 def test_importance_sums_to_one_and_attention_is_patch_major():

@@ -21,9 +21,7 @@ def _write(folder: Path, content: Any) -> Path:
 
 def test_entries_by_image_name(tmp_path: Path) -> None:
     scored = [[x, y, 0.5] for x, y in POINTS]
-    path = _write(
-        tmp_path, {"a.jpg": {"keypoints": POINTS}, "b.jpg": {"keypoints": scored, "box": [1, 2, 3.5, 4]}}
-    )
+    path = _write(tmp_path, {"a.jpg": {"keypoints": POINTS}, "b.jpg": {"keypoints": scored, "box": [1, 2, 3.5, 4]}})
     poses = read_pose_file(path)
     assert list(poses) == ["a.jpg", "b.jpg"]
     np.testing.assert_array_equal(poses["a.jpg"].keypoints, POINTS)

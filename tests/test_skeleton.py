@@ -53,9 +53,7 @@ def test_coco_map_by_name() -> None:
     for name in set(COCO_NAMES) & set(JOINT_NAMES):
         np.testing.assert_array_equal(got[name], by_name[name])
     np.testing.assert_allclose(got["pelvis"], (by_name["left_hip"] + by_name["right_hip"]) / 2, rtol=1e-14)
-    np.testing.assert_allclose(
-        got["thorax"], (by_name["left_shoulder"] + by_name["right_shoulder"]) / 2, rtol=1e-14
-    )
+    np.testing.assert_allclose(got["thorax"], (by_name["left_shoulder"] + by_name["right_shoulder"]) / 2, rtol=1e-14)
     np.testing.assert_allclose(got["spine"], (got["pelvis"] + got["thorax"]) / 2, rtol=1e-12)
     np.testing.assert_allclose(got["head"], (by_name["left_ear"] + by_name["right_ear"]) / 2, rtol=1e-14)
 
@@ -82,6 +80,4 @@ def test_coco_map_equals_the_recorded_one() -> None:
 def test_coco_map_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError) as error:
         coco_to_h36m(np.zeros(shape))
-    assert str(error.value) == (
-        f"coco_to_h36m: keypoints must be [..., 17, 2] or [..., 17, 3], got {list(shape)}"
-    )
+    assert str(error.value) == (f"coco_to_h36m: keypoints must be [..., 17, 2] or [..., 17, 3], got {list(shape)}")

@@ -63,8 +63,7 @@ def test_shapes_and_dtypes(textured: Scenes) -> None:
         "root": ((96, 3), torch.float32),
     }
     assert {
-        f.name: (tuple(getattr(textured, f.name).shape), getattr(textured, f.name).dtype)
-        for f in fields(Scenes)
+        f.name: (tuple(getattr(textured, f.name).shape), getattr(textured, f.name).dtype) for f in fields(Scenes)
     } == expected
     assert len(textured) == 96
 
@@ -116,9 +115,7 @@ def test_bones_are_constant_for_a_person_and_alike_left_and_right() -> None:
     person = body.sample_people(generators(1, 3))
     everyone = {name: np.repeat(bone, 50) for name, bone in person.bones.items()}
     many = body.People(np.repeat(person.stature, 50), everyone, person.radii, person.flesh, person.colours)
-    joints = body.pose_points(everyone, body.sample_poses(many, generators(50), "mixed"))[
-        :, : len(JOINT_NAMES)
-    ]
+    joints = body.pose_points(everyone, body.sample_poses(many, generators(50), "mixed"))[:, : len(JOINT_NAMES)]
     lengths = {child: np.linalg.norm(joints[:, child] - joints[:, parent], axis=1) for parent, child in BONES}
     for child, length in lengths.items():
         np.testing.assert_allclose(length, length[0], rtol=1e-12, err_msg=JOINT_NAMES[child])
@@ -259,14 +256,10 @@ def test_ray_capsule_hits_agree_with_brute_force(ends: list[list[float]], radii:
 
 
 def test_nearest_capsule_wins_whatever_the_order() -> None:
-    ends = np.array(
-        [[[-0.5, 0, 4.0], [0.5, 0, 4.0]], [[0, -0.5, 3.5], [0, 0.5, 4.1]], [[0, 0, 5.0], [0, 0.1, 5]]]
-    )
+    ends = np.array([[[-0.5, 0, 4.0], [0.5, 0, 4.0]], [[0, -0.5, 3.5], [0, 0.5, 4.1]], [[0, 0, 5.0], [0, 0.1, 5]]])
     radii = np.array([[0.1, 0.1], [0.1, 0.06], [0.6, 0.6]])
     rays = render.pixel_rays(np.array([[60.0, 0, 24], [0, 60.0, 32], [0, 0, 1]]), (64, 48))
-    alone = [
-        render.cast(render.Capsules.between(ends[i : i + 1], radii[i : i + 1]), rays).depth for i in range(3)
-    ]
+    alone = [render.cast(render.Capsules.between(ends[i : i + 1], radii[i : i + 1]), rays).depth for i in range(3)]
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
         hits = render.cast(render.Capsules.between(ends[order], radii[order]), rays)
         np.testing.assert_array_equal(hits.depth, np.min(alone, axis=0))
@@ -275,9 +268,7 @@ def test_nearest_capsule_wins_whatever_the_order() -> None:
 
 
 def test_normals_are_unit_and_face_the_camera() -> None:
-    capsules = render.Capsules.between(
-        np.array([[[0.0, -0.4, 4.0], [0.1, 0.4, 3.6]]]), np.array([[0.15, 0.08]])
-    )
+    capsules = render.Capsules.between(np.array([[[0.0, -0.4, 4.0], [0.1, 0.4, 3.6]]]), np.array([[0.15, 0.08]]))
     rays = render.pixel_rays(np.array([[100.0, 0, 30], [0, 100.0, 40], [0, 0, 1]]), (80, 60))
     hits = render.cast(capsules, rays)
     point, normal = render.surface(capsules, hits, rays)

@@ -96,9 +96,7 @@ def test_training_step_is_bitwise_repeatable() -> None:
 def test_learns_where_a_blob_is() -> None:
     generator = torch.Generator().manual_seed(3)
     centres = torch.rand(64, 2, generator=generator) * torch.tensor([48.0, 64.0])
-    grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(48.0), indexing="ij"), 2).flip(
-        2
-    )  # [H, W, 2]
+    grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(48.0), indexing="ij"), 2).flip(2)  # [H, W, 2]
     distance = (grid - centres[:, None, None]).square().sum(3)  # [B, H, W]
     images = (distance < 64).float()[:, None] + 0.3 * torch.randn(64, 3, 64, 48, generator=generator)
     target = F.avg_pool2d(torch.exp(-distance / 32)[:, None], 4)

@@ -64,9 +64,7 @@ def test_tiles_and_splits_against_float64(poisoned, dtype, groups, num_patches, 
 
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
     expected = oracle(*leaves, scale)
-    expected_gradients = torch.autograd.grad(
-        expected, leaves[:4], [cotangent.double() for cotangent in cotangents]
-    )
+    expected_gradients = torch.autograd.grad(expected, leaves[:4], [cotangent.double() for cotangent in cotangents])
     bound = {torch.float32: 5e-6, torch.float16: 8e-3}[dtype]
     pairs = zip((context, patches_out, importance, *gradients), (*expected, *expected_gradients), strict=True)
     for position, (actual, wanted) in enumerate(pairs):

@@ -29,7 +29,7 @@ class PoseOnlyLifter(nn.Module):
         super().__init__()
         self.num_joints = num_joints
         self.pose_embed = nn.Linear(2, dim)
-        self.joint_embedding = nn.Parameter(torch.randn(num_joints, dim) * 0.02)
+        self.joint_embedding = nn.Parameter(torch.randn(num_joints, dim))
         layer = nn.TransformerEncoderLayer(
             dim, heads, int(dim * mlp_ratio), dropout, activation="gelu", batch_first=True
         )

@@ -51,7 +51,8 @@ class _Projections(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
+        for projection in self.in_proj_weight.chunk(3):
+            nn.init.xavier_uniform_(projection)
         nn.init.zeros_(self.out_proj.bias)
 
     def split(self, tokens: Tensor) -> Tensor:

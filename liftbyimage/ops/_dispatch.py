@@ -120,7 +120,7 @@ _TRITON_LIBRARY = torch.library.Library("liftbyimage", "FRAGMENT")
 def triton_op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register `liftbyimage::{name}_triton`, launched by `forward` or `backward` of the op's kernel module.
 
-    `name` is "<op>_forward" or "<op>_backward". The module (and Triton) is imported at the first launch.
+    `name` is "<op>_forward" or "<op>_backward". That module is imported at the first launch.
     """
     op, direction = name.rsplit("_", 1)
 

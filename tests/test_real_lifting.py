@@ -1,0 +1,54 @@
+"""The whole lifter on real images' features: train on the even instants of all four cameras, lift the odd ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from liftbyimage.data.pose2sim import Pose2SimDataset
+from liftbyimage.metrics import mpjpe
+from liftbyimage.models import LiftByImage, LiftByImageConfig
+from liftbyimage.train import optimise
+
+FOLDER = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "pose2sim"
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs shared/data/pose2sim beside the repository")
+
+
+def everything(dataset):
+    """features [N, 40, 64, 48], pose_2d [N, 17, 2], pose_3d [N, 17, 3] of all crops."""
+    items = [dataset[i] for i in range(len(dataset))]
+    return tuple(
+        torch.stack([torch.as_tensor(item[name]) for item in items]) for name in ("features", "pose_2d", "pose_3d")
+    )
+
+
+def lift_held_out(train, test, features, pose_2d, pose_3d, steps=400):
+    """MPJPE in metres of the mean training pose, the coarse and the refined pose on the `test` crops."""
+    torch.manual_seed(0)
+    lifter = LiftByImage(LiftByImageConfig(image_channels=40, dim=64, heads=4, dropout=0.0)).train()
+    train, test = torch.as_tensor(train), torch.as_tensor(test)
+
+    def loss_of(batch):
+        crops = train[batch]
+        lifted = lifter(features[crops], pose_2d[crops])
+        target = pose_3d[crops]
+        return (lifted.coarse_pose_3d - target).square().mean() + (lifted.pose_3d - target).square().mean()
+
+    optimise(lifter.parameters(), loss_of, count=len(train), steps=steps, batch_size=16, learning_rate=3e-3, seed=0)
+    lifter.eval()
+    with torch.no_grad():
+        lifted = lifter(features[test], pose_2d[test])
+    mean_pose = pose_3d[train].mean(0).expand(len(test), -1, -1)
+    poses = (mean_pose, lifted.coarse_pose_3d, lifted.pose_3d)
+    return tuple(mpjpe(pose, pose_3d[test]).item() for pose in poses)
+
+
+def test_odd_instants_are_lifted_after_training_on_even_ones():
+    dataset = Pose2SimDataset(FOLDER)
+    even, odd = dataset.split_even_odd()
+    baseline, coarse, refined = lift_held_out(even, odd, *everything(dataset))
+    print(f"mean pose {1000 * baseline:.0f} mm, coarse {1000 * coarse:.0f} mm, refined {1000 * refined:.0f} mm")
+    assert baseline == pytest.approx(0.284, abs=0.001)
+    assert refined <= 0.45 * baseline
+    assert coarse <= 0.45 * baseline
