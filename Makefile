@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc kernels -type f -name '*.[chp]*' 2>/dev/null) $(wildcard csrc/cuda/*.cu)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: setup demo test check bench gpu train-demo clean
 

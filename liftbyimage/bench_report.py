@@ -20,6 +20,17 @@ COLUMNS = (
     "of copy rate",
     "peak memory MB",
 )
+SUMMARY_COLUMNS = (
+    "work",
+    "plain PyTorch ms",
+    "best other way, ms",
+    "liftbyimage ms",
+    "against plain PyTorch",
+    "against the best other",
+    "of matmul rate",
+    "peak memory, of plain",
+)
+OURS = "liftbyimage"
 NO_FIGURE = "–"
 
 
@@ -48,15 +59,50 @@ def table(json_path: str | Path) -> str:
     Raises:
         ValueError: one sentence on why the file is no such result.
     """
-    label = f"benchmark results {json_path}"
-    data = _read(label, Path(json_path))
-    rows = [_parse(f"{label}: entry {i}", entry) for i, entry in enumerate(data["benchmarks"])]
+    data, rows = _rows(json_path)
     references = {row.group: row.seconds for row in rows if row.implementation == REFERENCE}
     lines = [_line(COLUMNS), _line(["---", "---", *["---:"] * (len(COLUMNS) - 2)])]
     for group in dict.fromkeys(row.group for row in rows):
         members = [row for row in rows if row.group == group]
         lines += [_line(_cells("" if i else group, row, references.get(group))) for i, row in enumerate(members)]
     return "\n".join([_provenance(data), "", *lines])
+
+
+def summary(json_path: str | Path) -> str:
+    """The same run with one line per work: plain PyTorch, the best way without this library, and this library.
+
+    Args, Raises: as `table`. Work that lacks the reference or a liftbyimage row is left out.
+    """
+    data, rows = _rows(json_path)
+    lines = [_line(SUMMARY_COLUMNS), _line(["---", *["---:"] * (len(SUMMARY_COLUMNS) - 1)])]
+    for group in dict.fromkeys(row.group for row in rows):
+        members = {row.implementation: row for row in rows if row.group == group}
+        ours = [row for name, row in members.items() if name.startswith(OURS)]
+        if REFERENCE in members and ours:
+            others = [row for name, row in members.items() if not name.startswith(OURS) and name != REFERENCE]
+            lines.append(_line(_summary_cells(group, members[REFERENCE], others, ours[0])))
+    return "\n".join([_provenance(data), "", *lines])
+
+
+def _summary_cells(group: str, reference: Row, others: list[Row], ours: Row) -> list[str]:
+    best = min(others, key=lambda row: row.seconds, default=None)
+    memories = ours.peak_memory_bytes, reference.peak_memory_bytes
+    return [
+        group,
+        _significant(1e3 * reference.seconds),
+        f"{_significant(1e3 * best.seconds)} ({best.implementation})" if best else NO_FIGURE,
+        _significant(1e3 * ours.seconds),
+        f"{reference.seconds / ours.seconds:.2f}×",
+        f"{best.seconds / ours.seconds:.2f}×" if best else NO_FIGURE,
+        _percent(ours.fraction_of_matmul),
+        f"{memories[0] / memories[1]:.2f}" if memories[0] and memories[1] else NO_FIGURE,
+    ]
+
+
+def _rows(json_path: str | Path) -> tuple[dict[str, Any], list[Row]]:
+    label = f"benchmark results {json_path}"
+    data = _read(label, Path(json_path))
+    return data, [_parse(f"{label}: entry {i}", entry) for i, entry in enumerate(data["benchmarks"])]
 
 
 def _read(label: str, path: Path) -> dict[str, Any]:

@@ -159,9 +159,10 @@ def doctor(
 @app.command("bench-report")
 def bench_report(
     results: Annotated[Path, typer.Argument(help="JSON of `pytest bench --benchmark-json=FILE`.", show_default=False)],
+    summary: Annotated[bool, typer.Option("--summary", help="One line per work instead of every row.")] = False,
 ) -> None:
     """Print the measured figures of a benchmark run as a Markdown table."""
     with _mistakes_in_one_sentence():
-        from liftbyimage.bench_report import table
+        from liftbyimage import bench_report as report
 
-        typer.echo(table(results))
+        typer.echo(report.summary(results) if summary else report.table(results))

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from liftbyimage import cli
-from liftbyimage.bench_report import table
+from liftbyimage.bench_report import summary, table
 
 LAYER, PRUNE = "pose_guided_attention forward B8 P3072 D256 float32 cpu", "prune_patches forward B8"
 
@@ -50,6 +50,19 @@ def results(tmp_path: Path) -> Path:
         _entry("alone", "kernel op (cpu)", 1234.5),
     ]
     return _results(tmp_path, {"datetime": "2026-01-02T03:04:05", "benchmarks": entries})
+
+
+def test_summary_has_one_line_per_work_that_has_both(results: Path) -> None:
+    data = json.loads(results.read_text())
+    data["benchmarks"] += [_entry(LAYER, "torch.compile", 0.08), _entry(LAYER, "nn.MultiheadAttention", 0.11)]
+    results.write_text(json.dumps(data))
+    assert summary(results).splitlines()[2:] == [
+        "| work | plain PyTorch ms | best other way, ms | liftbyimage ms | against plain PyTorch "
+        "| against the best other | of matmul rate | peak memory, of plain |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| {LAYER} | 100 | 80.0 (torch.compile) | 20.1 | 5.00× | 3.99× | 87 % | 0.32 |",
+    ]
+    assert CliRunner().invoke(cli.app, ["bench-report", "--summary", str(results)]).stdout == summary(results) + "\n"
 
 
 def test_table(results: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from liftbyimage.data.pose2sim import Pose2SimDataset
 from liftbyimage.metrics import mpjpe
@@ -23,15 +24,16 @@ def everything(dataset):
     )
 
 
-def lift_held_out(train, test, features, pose_2d, pose_3d, steps=400):
+def lift_held_out(train, test, features, pose_2d, pose_3d, steps=350):
     """MPJPE in metres of the mean training pose, the coarse and the refined pose on the `test` crops."""
     torch.manual_seed(0)
-    lifter = LiftByImage(LiftByImageConfig(image_channels=40, dim=64, heads=4, dropout=0.0)).train()
+    lifter = LiftByImage(LiftByImageConfig(image_channels=40, dim=64, heads=4, dropout=0.1)).train()
     train, test = torch.as_tensor(train), torch.as_tensor(test)
 
     def loss_of(batch):
         crops = train[batch]
-        lifted = lifter(features[crops], pose_2d[crops])
+        # 48 crops are few: without dropping whole channels the lifter learns them by heart.
+        lifted = lifter(F.dropout2d(features[crops], 0.3), pose_2d[crops])
         target = pose_3d[crops]
         return (lifted.coarse_pose_3d - target).square().mean() + (lifted.pose_3d - target).square().mean()
 
@@ -52,3 +54,18 @@ def test_odd_instants_are_lifted_after_training_on_even_ones():
     assert baseline == pytest.approx(0.284, abs=0.001)
     assert refined <= 0.45 * baseline
     assert coarse <= 0.45 * baseline
+
+
+def report_held_out_cameras():
+    """A view the lifter has never seen is far harder from 72 crops of one scene: reported, not asserted."""
+    dataset = Pose2SimDataset(FOLDER)
+    arrays = everything(dataset)
+    cameras = torch.as_tensor(dataset.arrays["camera"])
+    for camera in range(4):
+        train, test = (cameras != camera).nonzero()[:, 0], (cameras == camera).nonzero()[:, 0]
+        baseline, coarse, refined = (1000 * error for error in lift_held_out(train, test, *arrays))
+        print(f"camera {camera} held out: mean pose {baseline:.0f}, coarse {coarse:.0f}, refined {refined:.0f} mm")
+
+
+if __name__ == "__main__":
+    report_held_out_cameras()

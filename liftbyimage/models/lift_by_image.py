@@ -90,7 +90,6 @@ class LiftByImage(nn.Module):
         sizes = (config.dim, config.heads, config.mlp_ratio, config.dropout)
         self.feature_norm = nn.BatchNorm2d(config.image_channels)
         self.embed = nn.Linear(config.image_channels + POSITION_CHANNELS, config.dim)
-        nn.init.normal_(self.embed.weight, std=self.embed.in_features**-0.5)  # tokens of unit variance
         self.pose_embed = nn.Linear(2, config.dim)
         # As large as a normalised token, or all joints ask the same question for the first hundred steps.
         self.joint_embedding = nn.Parameter(torch.randn(config.num_joints, config.dim))
