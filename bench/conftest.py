@@ -21,6 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--smoke", action="store_true", help="one tiny shape: every row verified, no figure of worth")
 
 
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Results are published: what the machine is belongs to them, what it is called does not."""
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
+
+
 def settings(config: pytest.Config) -> list[Setting]:
     if config.getoption("smoke"):
         return [Setting(2, 48, 64, direction, central=True) for direction in (FORWARD, TRAINING)]
