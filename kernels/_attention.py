@@ -135,9 +135,7 @@ def gather_kernel(
             value = key
         else:
             value = tile(key_pointer, patch, patch_ok, part * BLOCK_F, F, BLOCK_F)
-        context = tl.dot(
-            tl.trans(value), weight.to(value.dtype), context * shrink[None, :], input_precision=PRECISION
-        )
+        context = tl.dot(tl.trans(value), weight.to(value.dtype), context * shrink[None, :], input_precision=PRECISION)
         largest = larger
 
     context = context / total[None, :]

@@ -24,9 +24,7 @@ def forward(
     need_attention: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """context [B,H,J,F], importance [B,P], attention [B,H,J,P] (memory [B,P,R]) or empty, lse [B,H,J]."""
-    context, importance, attention, _, lse = _attention.forward(
-        query, key, value, None, None, scale, need_attention
-    )
+    context, importance, attention, _, lse = _attention.forward(query, key, value, None, None, scale, need_attention)
     return context, importance, attention, lse
 
 

@@ -25,9 +25,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """context [B,H,J,F], patches_out [B,P,D], importance [B,P] float32, lse [B,H,J] float32."""
-    context, importance, _, patches_out, lse = _attention.forward(
-        query, key, value, pose_value, patches, scale, False
-    )
+    context, importance, _, patches_out, lse = _attention.forward(query, key, value, pose_value, patches, scale, False)
     return context, patches_out, importance, lse
 
 

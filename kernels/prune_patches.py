@@ -91,9 +91,7 @@ def gather_kernel(
     for first in range(0, WIDTH, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         mask = slot_ok[:, None] & (column < WIDTH)[None, :]
-        row = tl.load(
-            patches_pointer + (sample * num_patches + patch)[:, None] * WIDTH + column[None, :], mask=mask
-        )
+        row = tl.load(patches_pointer + (sample * num_patches + patch)[:, None] * WIDTH + column[None, :], mask=mask)
         tl.store(kept_pointer + (sample * keep + slot)[:, None] * WIDTH + column[None, :], row, mask=mask)
 
 

@@ -168,12 +168,13 @@ def test_cpu_result_does_not_depend_on_threads(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op):
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_opcheck(op, backend):
     import importlib
 
     module = importlib.import_module(f"liftbyimage.ops.{op}")
-    inputs = make_inputs(op, SMALL[op], torch.float32)
-    require(op, "cpu", inputs)
+    inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
+    require(op, backend, inputs)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     rest = {
@@ -181,7 +182,8 @@ def test_opcheck(op):
         "pose_guided_attention": [0.5],
         "prune_patches": [inputs.get("keep")],
     }[op]
-    forward, backward = module._native_forward, module._native_backward
+    chosen = module._BY_NAME[backend]
+    forward, backward = chosen.forward, chosen.backward
     torch.library.opcheck(forward, (*tensors, *rest), test_utils=tests)
     outputs = forward(*tensors, *rest)
     if op == "prune_patches":
