@@ -37,7 +37,6 @@ class Backend(NamedTuple):
     batch_independent: bool = False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def demanded_backend() -> str | None:
     """The backend that `LIFTBYIMAGE_BACKEND` demands, None if unset or empty."""
     return os.environ.get(ENVIRONMENT_VARIABLE) or None
@@ -109,7 +108,6 @@ def triton_missing() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
