@@ -40,10 +40,12 @@ clean:
 	rm -rf $(VENV) build *.egg-info liftbyimage/*.so
 
 $(VENV)/.dependencies: constraints.txt
+	@echo "setting up $(VENV): a minute or two, more for a slow network"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement constraints.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	@echo "compiling the native modules: two minutes on two cores"
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

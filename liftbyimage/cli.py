@@ -66,7 +66,7 @@ def _common(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo-output"),
-    people: Annotated[int, typer.Option(min=1, help="How many people to render and lift.")] = 6,
+    people: Annotated[int, typer.Option(min=1, help="How many people to draw; errors are over at least 256.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Which people.")] = 0,
 ) -> None:
     """Render unseen synthetic people, lift them, and say how well and how fast."""
@@ -137,6 +137,7 @@ def train_demo(
     with _mistakes_in_one_sentence():
         if out.is_dir():
             raise ValueError(f"--out {out}: expected a file, got a folder")
+        _check_folder(out.parent)
         from liftbyimage import train
 
         train.train_demo(out, seed, Console())

@@ -84,7 +84,7 @@ def _measure(pipeline: Pipeline, scenes: TrainingScenes) -> tuple[dict[str, str]
     ratios = {}
     for batch in (1, TIMED_BATCH):
         inputs = features[:batch], pose_2d[:batch]
-        ratios[f"whole lifter, {batch} crop{'s' if batch > 1 else ''}"] = _ratio(
+        ratios[f"whole lifter of width {lifter.config.dim}, {batch} crop{'s' if batch > 1 else ''}"] = _ratio(
             lambda inputs=inputs: reference(*inputs), lambda inputs=inputs: lifter(*inputs)
         )
     return backends, ratios

@@ -214,9 +214,9 @@ def _errors(pose: np.ndarray, coarse: np.ndarray | None, truth: np.ndarray | Non
     if truth is None:
         return ""
     refined, first = (
-        None if p is None else f"{1000 * np.linalg.norm(p - truth, axis=1).mean():.0f} mm" for p in (pose, coarse)
+        None if p is None else f"{1000 * np.linalg.norm(p - truth, axis=1).mean():.0f}" for p in (pose, coarse)
     )
-    return f": {refined} from the truth" + (f" (coarse {first})" if first else "")
+    return f": {refined} mm off" + (f" (coarse {first} mm)" if first else "")
 
 
 def _upright(pose: np.ndarray) -> np.ndarray:

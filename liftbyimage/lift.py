@@ -94,8 +94,14 @@ class _Crop:
 
 
 def _crop(path: Path, pose: ImagePose) -> _Crop:
+    image = read_image(path)
+    height, width = image.shape[:2]
+    if not ((pose.keypoints >= 0) & (pose.keypoints < (width, height))).all(axis=1).any():
+        raise ValueError(
+            f"image {path}: none of its keypoints lies inside its {width}×{height} px; are they pixels of this picture?"
+        )
     matrix = box_to_crop_matrix(pose.box, CROP_SIZE)
-    return _Crop(path, warp_crop(read_image(path), matrix), matrix, apply_affine(matrix, pose.keypoints))
+    return _Crop(path, warp_crop(image, matrix), matrix, apply_affine(matrix, pose.keypoints))
 
 
 def _lift_batch(pipeline: Pipeline, crops: Sequence[_Crop], device: str | torch.device) -> list[LiftedImage]:

@@ -194,7 +194,7 @@ def test_a_demanded_backend_that_cannot_serve_is_the_users_mistake(
     image, pose = picture
     names = ", ".join(backend.name for backend in backends_of("attend_patches"))
     _refused(
-        f"attend_patches: backend must be one of {names}, got 'quantum'",
+        f"attend_patches: backend must be one of {names}, got 'quantum' (demanded by LIFTBYIMAGE_BACKEND)",
         *("lift", image, "--pose", pose, "--checkpoint", small, "--out", tmp_path / "out"),
     )
     assert not (tmp_path / "out").exists()

@@ -123,7 +123,7 @@ def test_truth_and_coarse_pose_beside_the_refined(person) -> None:
         **{**person, "pose_3d": refined}, coarse_pose_3d=torch.tensor(coarse), truth_3d=truth
     )
     axes = _panel(figure, "3D pose")
-    assert axes.get_title(loc="left") == "3D pose: 50 mm from the truth (coarse 80 mm)"
+    assert axes.get_title(loc="left") == "3D pose: 50 mm off (coarse 80 mm)"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["left", "right", "coarse", "truth"]
     colours = [line.get_color() for line in axes.lines]
     assert colours.count(draw.TRUTH) == colours.count(draw.COARSE) == 16

@@ -189,3 +189,17 @@ def test_real_crops(pipeline, tmp_path: Path) -> None:
         "095.png",
         "poses.json",
     ]
+
+
+def test_keypoints_of_another_picture_are_refused(
+    pipeline: models.Pipeline, inputs: tuple[list[Path], dict[str, ImagePose]]
+) -> None:
+    (image, *_), poses = inputs
+    pose = poses[str(image)]
+    height, width = cv2.imread(str(image)).shape[:2]
+    elsewhere = ImagePose(pose.keypoints + 3000, pose.confidence, pose.box + 3000)
+    expected = (
+        f"image {image}: none of its keypoints lies inside its {width}×{height} px; are they pixels of this picture?"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        lift_images(pipeline, [image], {str(image): elsewhere})

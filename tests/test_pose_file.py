@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,23 @@ def test_a_binary_file_is_not_json(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ValueError, match=r"poses\.json: not valid JSON \('utf-8' codec can't decode"):
         read_pose_file(path)
+
+
+def test_a_misspelled_field_is_refused(tmp_path):
+    path = tmp_path / "p.json"
+    points = [[float(i), float(i % 5)] for i in range(17)]
+    path.write_text(json.dumps({"a.jpg": {"keypoints": points, "ordr": "coco"}}))
+    expected = f"""pose file {path}: 'a.jpg' has unknown "ordr", expected "keypoints", "order" and "box\""""
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        read_pose_file(path)
+
+
+def test_two_pictures_of_one_name_need_an_entry_each(tmp_path):
+    path = tmp_path / "p.json"
+    entry = {"keypoints": [[float(i), float(i % 5)] for i in range(17)]}
+    path.write_text(json.dumps({"a.jpg": entry}))
+    expected = f"pose file {path}: one/a.jpg and two/a.jpg share entry 'a.jpg', expected one each, named by path"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        read_pose_file(path, ["one/a.jpg", "two/a.jpg"])
+    path.write_text(json.dumps({"one/a.jpg": entry, "two/a.jpg": entry}))
+    assert set(read_pose_file(path, ["one/a.jpg", "two/a.jpg"])) == {"one/a.jpg", "two/a.jpg"}

@@ -15,6 +15,7 @@ from liftbyimage.data.skeleton import COCO_NAMES, JOINT_NAMES, coco_to_h36m
 
 EVERY_IMAGE = "*"
 BOX_MARGIN = 0.10
+FIELDS = {"keypoints", "order", "box"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,9 @@ def read_pose_file(path: str | Path, images: Iterable[str | Path] | None = None)
         poses = {name: _parse_entry(f"pose file {path}: '{name}'", entry) for name, entry in data.items()}
     if images is None:
         return poses
-    return {str(image): _find(path, poses, Path(image), str(image)) for image in images}
+    found = {str(image): _find(path, poses, Path(image)) for image in images}
+    _refuse_shared_entries(path, found)
+    return {image: poses[name] for image, name in found.items()}
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
@@ -76,11 +79,22 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def _find(path: str | Path, poses: dict[str, ImagePose], image: Path, written: str) -> ImagePose:
-    for name in (written, image.name, EVERY_IMAGE):
+def _find(path: str | Path, poses: dict[str, ImagePose], image: Path) -> str:
+    """The name of an image's entry."""
+    for name in (str(image), image.name, EVERY_IMAGE):
         if name in poses:
-            return poses[name]
+            return name
     raise ValueError(f"pose file {path}: no entry for image '{image.name}'")
+
+
+def _refuse_shared_entries(path: str | Path, found: dict[str, str]) -> None:
+    """Pictures of one file name in several folders must not silently get one pose."""
+    first: dict[str, str] = {}
+    for image, name in found.items():
+        if name != EVERY_IMAGE and first.setdefault(name, image) != image:
+            raise ValueError(
+                f"pose file {path}: {first[name]} and {image} share entry '{name}', expected one each, named by path"
+            )
 
 
 def _kind(value: Any) -> str:
@@ -104,6 +118,9 @@ def _parse_entry(label: str, entry: Any) -> ImagePose:
         raise ValueError(f'{label} must be an object with "keypoints", got {_kind(entry)}')
     if "keypoints" not in entry:
         raise ValueError(f'{label} has no "keypoints"')
+    unknown = sorted(set(entry) - FIELDS)
+    if unknown:
+        raise ValueError(f'{label} has unknown "{unknown[0]}", expected "keypoints", "order" and "box"')
     order = entry.get("order", "h36m")
     if order not in ("h36m", "coco"):
         raise ValueError(f'{label} has order {json.dumps(order)}, expected "h36m" or "coco"')

@@ -49,15 +49,16 @@ def select(op: str, backends: Sequence[Backend], requested: str | None, *tensors
         ValueError: the requested name is unknown, or that backend cannot serve these arguments.
     """
     demanded = requested if requested is not None else demanded_backend()
+    origin = f" (demanded by {ENVIRONMENT_VARIABLE})" if requested is None else ""
     if demanded is None:
         return next(backend for backend in backends if backend.why_not(*tensors) is None)
     names = [backend.name for backend in backends]
     if demanded not in names:
-        raise ValueError(f"{op}: backend must be one of {', '.join(names)}, got {demanded!r}")
+        raise ValueError(f"{op}: backend must be one of {', '.join(names)}, got {demanded!r}{origin}")
     backend = backends[names.index(demanded)]
     reason = backend.why_not(*tensors)
     if reason is not None:
-        raise ValueError(f"{op}: backend {demanded!r} cannot serve this call: {reason}")
+        raise ValueError(f"{op}: backend {demanded!r} cannot serve this call: {reason}{origin}")
     return backend
 
 
