@@ -14,8 +14,8 @@ from measurement import Measurement
 from torch import Tensor, nn
 from workload import FORWARD, TRAINING, Implementation, Setting, Workload, textbook_memory
 
+from liftbyimage.metrics import root_relative
 from liftbyimage.models import LiftByImage, LiftByImageConfig
-from liftbyimage.models.lift_by_image import root_relative
 from liftbyimage.reference import ReferenceLiftByImage
 
 CHANNELS = 32

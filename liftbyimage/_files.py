@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+# The demonstration model that the package ships.
+DEMO_CHECKPOINT = Path(__file__).resolve().parent / "assets" / "demo.pt"
+
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file, then rename it: `path` is the old file or the whole new one."""

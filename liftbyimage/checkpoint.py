@@ -14,8 +14,6 @@ from liftbyimage import models
 from liftbyimage._files import write_atomically
 
 FORMAT = "liftbyimage-checkpoint-1"
-
-
 PARTS = ("lifter", "lifter_config", "encoder", "encoder_config", "lifter_state", "encoder_state")
 
 

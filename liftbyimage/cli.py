@@ -13,12 +13,12 @@ import typer
 from rich.console import Console
 
 from liftbyimage import __version__
+from liftbyimage._files import DEMO_CHECKPOINT
 
 if TYPE_CHECKING:
     from liftbyimage.models import Pipeline
 
 PACKAGE = Path(__file__).resolve().parent
-DEMO_CHECKPOINT = PACKAGE / "assets" / "demo.pt"
 
 app = typer.Typer(
     no_args_is_help=True,

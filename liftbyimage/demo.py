@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from liftbyimage._files import DEMO_CHECKPOINT
 from liftbyimage.checkpoint import load_pipeline, load_state, read_checkpoint
 from liftbyimage.data.crop import denormalise_keypoints, normalise_image
 from liftbyimage.draw import picture_of_person, save_figure
@@ -22,7 +23,6 @@ from liftbyimage.ops import explain
 from liftbyimage.reference import ReferenceLiftByImage
 from liftbyimage.train import TrainingScenes, evaluate, render_scenes
 
-CHECKPOINT = Path(__file__).resolve().parent / "assets" / "demo.pt"
 FIRST_UNSEEN_SEED = 1_000_000  # far from any training seed, so that --seed 0 is not what the model was trained on
 MEASURED_PEOPLE = 256
 TIMED_BATCH = 8
@@ -40,7 +40,7 @@ def run_demo(out: Path, people: int, seed: int, console: Console) -> dict[str, A
         "mpjpe_mm" (coarse, refined, pose_only), "backends" (op → name), "speedup" (what → ratio) and "pictures"
         (paths).
     """
-    pipeline, pose_only = load_demo_models(CHECKPOINT)
+    pipeline, pose_only = load_demo_models(DEMO_CHECKPOINT)
     count = max(people, MEASURED_PEOPLE)
     console.print(f"Rendering {count} synthetic people the model has never seen …")
     scenes = render_scenes(count, seed=FIRST_UNSEEN_SEED + seed)

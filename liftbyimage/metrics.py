@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -186,6 +185,8 @@ def hull_mask(
     if not np.isfinite(points).all():
         raise ValueError("hull_mask: keypoints_px must be finite, got NaN or infinity")
     radius = dilation * (np.ptp(points[:, 1]) if box_height is None else box_height)
+    import cv2  # heavy, and wanted here alone: models import this module
+
     corners = cv2.convexHull(points)[:, 0].astype(np.float64)  # [N, 2], in order around the hull
     rows, columns = np.mgrid[: size[0], : size[1]]
     pixels = np.stack([columns, rows], axis=-1).astype(np.float64)[:, :, None]  # [H, W, 1, 2]

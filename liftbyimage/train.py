@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from liftbyimage.checkpoint import cast_state, save_pipeline
 from liftbyimage.data.crop import normalise_image, normalise_keypoints
 from liftbyimage.data.synthetic import generate
-from liftbyimage.metrics import mpjpe
+from liftbyimage.metrics import mpjpe, root_relative
 from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyLifter, TinyEncoder
-from liftbyimage.models.lift_by_image import root_relative
 
 CHUNK = 64  # scenes rendered or lifted at a time
 DEPTH_WEIGHT = 20.0  # per square metre, beside a cross-entropy in nats

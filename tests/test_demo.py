@@ -48,8 +48,8 @@ def test_writes_one_picture_per_person(run):
 
 
 def test_packaged_checkpoint_is_small_and_says_how_it_was_trained():
-    assert demo.CHECKPOINT.stat().st_size <= 8 * MEGABYTE
-    training = read_checkpoint(demo.CHECKPOINT)["training"]
+    assert demo.DEMO_CHECKPOINT.stat().st_size <= 8 * MEGABYTE
+    training = read_checkpoint(demo.DEMO_CHECKPOINT)["training"]
     assert training["minutes"] <= 20
     assert training["seed"] < demo.FIRST_UNSEEN_SEED
 

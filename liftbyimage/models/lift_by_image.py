@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from liftbyimage.metrics import root_relative
 from liftbyimage.nn import FeatureSelection, PoseGuidedLayer, TransformerLayer
 
 NUM_FREQUENCIES = 4
@@ -165,8 +166,3 @@ class LiftByImage(nn.Module):
                 f"LiftByImage: pose_2d must have shape [{features.shape[0]}, {config.num_joints}, 2], "
                 f"got {list(pose_2d.shape)}"
             )
-
-
-def root_relative(pose: Tensor) -> Tensor:
-    """Subtract joint 0 (the pelvis) from [B, J, 3]."""
-    return pose - pose[:, :1]

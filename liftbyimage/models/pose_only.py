@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liftbyimage.models.lift_by_image import root_relative
+from liftbyimage.metrics import root_relative
 
 
 class PoseOnlyLifter(nn.Module):
