@@ -19,6 +19,7 @@ from liftbyimage.data.crop import denormalise_keypoints, normalise_image
 from liftbyimage.draw import picture_of_person, save_figure
 from liftbyimage.metrics import mpjpe
 from liftbyimage.models import LiftedPose, Pipeline, PoseOnlyLifter
+from liftbyimage.nn import FactoredPatches
 from liftbyimage.ops import explain
 from liftbyimage.reference import ReferenceLiftByImage
 from liftbyimage.train import TrainingScenes, evaluate, render_scenes
@@ -73,7 +74,8 @@ def _measure(pipeline: Pipeline, scenes: TrainingScenes) -> tuple[dict[str, str]
     _require_equal(lifter(features, pose_2d), reference(features, pose_2d))
 
     patches = lifter.embed_patches(features)
-    rows = patches.new_empty(TIMED_BATCH, lifter.config.heads, lifter.config.num_joints, lifter.config.dim)
+    patches = patches.channels if isinstance(patches, FactoredPatches) else patches  # [B, P, W]
+    rows = patches.new_empty(TIMED_BATCH, lifter.config.heads, lifter.config.num_joints, patches.shape[2])
     tokens, importance = patches[:, None], patches[..., 0]
     calls = {
         "attend_patches": (rows, tokens, tokens),

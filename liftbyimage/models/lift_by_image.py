@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from liftbyimage.metrics import root_relative
-from liftbyimage.nn import FeatureSelection, PoseGuidedLayer, TransformerLayer
+from liftbyimage.nn import FactoredPatches, FeatureSelection, PoseGuidedLayer, TransformerLayer
+from liftbyimage.nn.formulation import Formulation, check_formulation
 
 NUM_FREQUENCIES = 4
 POSITION_CHANNELS = NUM_FREQUENCIES * 2 * 2  # sine and cosine, of x and y
@@ -83,11 +84,22 @@ class LiftByImage(nn.Module):
     """The two-stage lifter: encoder features and a 2D pose in, a coarse and a refined 3D pose out.
 
     `stage1_parameters()` and `stage2_parameters()` give what each training stage optimises.
+
+    Args:
+        config: sizes.
+        formulation: how its layers attend to patches: "projected" or "absorbed" on tokens that are formed,
+            "factored" without ever forming one, "auto" as each layer is cheapest (docs/kernels/factored.md). Outputs
+            agree to rounding.
     """
 
-    def __init__(self, config: LiftByImageConfig | None = None) -> None:
+    def __init__(self, config: LiftByImageConfig | None = None, formulation: Formulation = "auto") -> None:
         super().__init__()
         self.config = config = config or LiftByImageConfig()
+        self.formulation = check_formulation(formulation)
+        if formulation == "factored" and config.image_feed_forward:
+            raise ValueError(
+                "LiftByImage: formulation 'factored' needs image_feed_forward=False; a feed-forward forms the tokens"
+            )
         sizes = (config.dim, config.heads, config.mlp_ratio, config.dropout)
         self.feature_norm = nn.BatchNorm2d(config.image_channels)
         self.embed = nn.Linear(config.image_channels + POSITION_CHANNELS, config.dim)
@@ -96,14 +108,14 @@ class LiftByImage(nn.Module):
         self.joint_embedding = nn.Parameter(torch.randn(config.num_joints, config.dim))
         self.stage1 = nn.ModuleList(
             [
-                TransformerLayer(*sizes),
-                PoseGuidedLayer(*sizes, image_feed_forward=config.image_feed_forward),
-                TransformerLayer(*sizes),
+                TransformerLayer(*sizes, formulation),
+                PoseGuidedLayer(*sizes, formulation, config.image_feed_forward),
+                TransformerLayer(*sizes, formulation),
             ]
         )
         self.coarse_head = nn.Linear(config.dim, 3)
         self.selection = FeatureSelection(config.retention)
-        self.stage2 = nn.ModuleList([TransformerLayer(*sizes) for _ in range(3)])
+        self.stage2 = nn.ModuleList([TransformerLayer(*sizes, formulation) for _ in range(3)])
         self.refined_head = nn.Linear(config.dim, 3)
         self.register_buffer("positions", position_channels(config.grid), persistent=False)  # [P, 16]
 
@@ -124,9 +136,9 @@ class LiftByImage(nn.Module):
         refined = self.explore(joints.detach(), kept.patches)
         return LiftedPose(refined, coarse, importance, kept.index)
 
-    def broad_query(self, features: Tensor, pose_2d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def broad_query(self, features: Tensor, pose_2d: Tensor) -> tuple[Tensor, Tensor | FactoredPatches, Tensor]:
         """Stage 1: joints [B, J, D], pose-guided patches [B, P, D], importance [B, P]."""
-        patches = self.embed_patches(features)
+        patches: Tensor | FactoredPatches = self.embed_patches(features)
         joints = self.pose_embed(pose_2d) + self.joint_embedding
         look, guide, look_again = self.stage1
         joints = look(joints, patches)
@@ -134,17 +146,33 @@ class LiftByImage(nn.Module):
         joints, importance = look_again(joints, patches, need_importance=True)
         return joints, patches, importance
 
-    def explore(self, joints: Tensor, kept: Tensor) -> Tensor:
+    def explore(self, joints: Tensor, kept: Tensor | FactoredPatches) -> Tensor:
         """Stage 2 over the kept patches [B, K, D]: the refined pose [B, J, 3]."""
+        if self.formulation == "auto":
+            kept = self.stage2[0].attention_size(joints.shape[1]).cheapest_to_read(kept, len(self.stage2))
         for layer in self.stage2:
             joints = layer(joints, kept)
         return root_relative(self.refined_head(joints))
 
-    def embed_patches(self, features: Tensor) -> Tensor:
-        """Image tokens [B, P, D] = linear([batch-norm(features) | position channels])."""
-        channels = self.feature_norm(features).flatten(2).transpose(1, 2)  # [B, P, C]
-        positions = self.positions.to(channels.dtype).expand(channels.shape[0], -1, -1)
-        return self.embed(torch.cat([channels, positions], dim=2))
+    def embed_patches(self, features: Tensor) -> Tensor | FactoredPatches:
+        """Image tokens [B, P, D] = linear([batch-norm(features) | position channels]); factored unless formed ones
+        were asked for.
+
+        In evaluation the batch norm's scale and shift join the embedding. Its mean is subtracted from the channels: a
+        mean far larger than the deviation would otherwise cost digits of every score.
+        """
+        norm, channels = self.feature_norm, self.config.image_channels
+        embedding, bias = self.embed.weight.T, self.embed.bias  # [W, D]
+        if norm.training:
+            features = norm(features)
+        else:
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [C]
+            features = features - norm.running_mean[:, None, None]
+            bias = torch.addmv(bias, self.embed.weight[:, :channels], norm.bias)
+            embedding = torch.cat([embedding[:channels] * scale[:, None], embedding[channels:]])
+        positions = self.positions.to(features.dtype).expand(features.shape[0], -1, -1)
+        patches = FactoredPatches(torch.cat([features.flatten(2).transpose(1, 2), positions], dim=2), embedding, bias)
+        return patches.dense() if self.formulation in ("projected", "absorbed") else patches
 
     def stage1_parameters(self) -> list[nn.Parameter]:
         modules = (self.feature_norm, self.embed, self.pose_embed, self.stage1, self.coarse_head)

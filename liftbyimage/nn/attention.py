@@ -1,44 +1,20 @@
-"""The two attentions of a lifting layer: among joints, and from joints to image patches.
-
-`PatchAttention` offers two exact formulations of one multi-head cross-attention
-(docs/kernels/pose_guided_attention.md):
-
-    projected   K = T W_k and V = T W_v are formed for all patches; H small attentions follow.
-    absorbed    S_h = (q_h W_k,h) Tᵀ and A_h V_h = (A_h T) W_v,h: W_k is folded into the few queries before and W_v is
-                applied to the few contexts after, so that the tokens T [B, P, D] themselves are the one shared key and
-                value. A key bias only shifts rows of S, which the softmax drops; a value bias passes through unchanged,
-                because rows of A sum to 1.
-"""
+"""The two attentions of a lifting layer: among joints, and from joints to image patches."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Formulation = Literal["auto", "projected", "absorbed"]
-FORMULATIONS = ("auto", "projected", "absorbed")
-
-
-def check_formulation(formulation: str) -> Formulation:
-    if formulation not in FORMULATIONS:
-        raise ValueError(f"formulation must be one of {', '.join(FORMULATIONS)}, got {formulation!r}")
-    return formulation  # type: ignore[return-value]
+from liftbyimage.nn.factored_patches import FactoredPatches
+from liftbyimage.nn.formulation import Formulation
 
 
 def check_heads(dim: int, heads: int) -> None:
     if heads < 1 or dim < 1 or dim % heads:
         raise ValueError(f"dim must be a positive multiple of heads, got dim = {dim}, heads = {heads}")
-
-
-def check_tokens(layer: str, joints: Tensor, patches: Tensor, dim: int) -> None:
-    for name, tensor, axis in (("joints", joints, "J"), ("patches", patches, "P")):
-        if tensor.dim() != 3 or tensor.shape[2] != dim:
-            raise ValueError(f"{layer}: {name} must have shape [B, {axis}, {dim}], got {list(tensor.shape)}")
-    if joints.shape[0] != patches.shape[0]:
-        raise ValueError(f"{layer}: patches must have joints' batch size {joints.shape[0]}, got {patches.shape[0]}")
 
 
 class _Projections(nn.Module):
@@ -73,40 +49,79 @@ class JointAttention(_Projections):
         return self.out_proj(self.merge(attended))
 
 
-class PatchAttention(_Projections):
-    """What joints ask of the image: queries, keys and values in either formulation, and the way back to joints."""
+class Memory(NamedTuple):
+    """What joints meet in one formulation, and what stands between a head's query or value and the rows that meet it.
 
-    def choose(self, formulation: Formulation, num_joints: int) -> Formulation:
-        """The formulation with fewer multiply-adds per patch: 2·R·D absorbed against 2·D² + 2·J·D projected."""
-        if formulation != "auto":
-            return formulation
-        return "absorbed" if self.heads * num_joints < self.dim + num_joints else "projected"
+    A head's query [J, D / H] becomes rows by `fold`, then by `embedding`ᵀ; contexts come back by `embedding`, then by
+    `unfold` and `value_bias`. None: nothing to do.
+    """
+
+    key: Tensor  # [B, Hk, P, W]
+    value: Tensor  # [B, Hk, P, W], key itself unless projected
+    fold: Tensor | None = None  # [H, D / H, N]
+    unfold: Tensor | None = None  # [H, N, D / H]
+    value_bias: Tensor | None = None  # [D]
+    embedding: Tensor | None = None  # [B, W, N], where every sample has its own
+
+    def rows(self, query: Tensor) -> Tensor:
+        """[B, H, J, N] → [B, H, J, W]"""
+        if self.embedding is None:
+            return query
+        return (query.flatten(1, 2) @ self.embedding.transpose(1, 2)).unflatten(1, query.shape[1:3])
+
+    def contexts(self, rows: Tensor) -> Tensor:
+        """[B, H, J, W] → [B, H, J, N]"""
+        if self.embedding is None:
+            return rows
+        return (rows.flatten(1, 2) @ self.embedding).unflatten(1, rows.shape[1:3])
+
+
+class PatchAttention(_Projections):
+    """What joints ask of the image, in any formulation (`nn.formulation`)."""
 
     @property
     def scale(self) -> float:
         return float(self.dim // self.heads) ** -0.5
 
-    def projected(self, joints: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """query [B, H, J, D / H], key and value [B, H, P, D / H]"""
-        query_weight, token_weight = self.in_proj_weight.tensor_split((self.dim,))
-        query_bias, token_bias = self.in_proj_bias.tensor_split((self.dim,))
-        query = F.linear(joints, query_weight, query_bias)
-        key, value = F.linear(patches, token_weight, token_bias).chunk(2, dim=2)
-        return self.split(query), self.split(key), self.split(value)
+    def memory(self, patches: Tensor | FactoredPatches, formulation: Formulation) -> Memory:
+        """patches [B, P, D] as `formulation` has joints meet them; FactoredPatches go with "factored"."""
+        if isinstance(patches, FactoredPatches):
+            return self._factored(patches)
+        if formulation == "projected":
+            token_weight, token_bias = self.in_proj_weight[self.dim :], self.in_proj_bias[self.dim :]
+            key, value = F.linear(patches, token_weight, token_bias).chunk(2, dim=2)
+            return Memory(self.split(key), self.split(value))
+        shared = patches[:, None]  # [B, 1, P, D]: one head shared by all, key and value in one
+        return Memory(shared, shared, *self._folds(), self.in_proj_bias[2 * self.dim :])
 
-    def absorbed(self, joints: Tensor) -> Tensor:
-        """The query rows against bare tokens, [B, H, J, D]: q_h W_k,h."""
-        query_weight, key_weight, _ = self.in_proj_weight.chunk(3)
-        query = self.split(F.linear(joints, query_weight, self.in_proj_bias[: self.dim]))
-        return query @ key_weight.unflatten(0, (self.heads, -1))  # [H, D / H, D]
+    def query(self, joints: Tensor, fold: Tensor | None) -> Tensor:
+        """joints [B, J, D] → rows [B, H, J, N], or plain queries [B, H, J, D / H]"""
+        query = self.split(F.linear(joints, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim]))
+        return query if fold is None else query @ fold
 
-    def output(self, context: Tensor, formulation: Formulation) -> Tensor:
-        """Contexts of either formulation back to joints [B, J, D]."""
-        if formulation == "absorbed":
-            value_weight = self.in_proj_weight[2 * self.dim :].unflatten(0, (self.heads, -1))  # [H, D / H, D]
-            value_bias = self.in_proj_bias[2 * self.dim :].unflatten(0, (self.heads, 1, -1))
-            context = context @ value_weight.transpose(1, 2) + value_bias
-        return self.out_proj(self.merge(context))
+    def output(self, context: Tensor, unfold: Tensor | None, value_bias: Tensor | None) -> Tensor:
+        """contexts [B, H, J, N] → joints [B, J, D]"""
+        if unfold is not None:
+            context = context @ unfold
+        merged = self.merge(context)
+        return self.out_proj(merged if value_bias is None else merged + value_bias)
+
+    def _folds(self) -> tuple[Tensor, Tensor]:
+        """W_k [H, D / H, D] and W_v [H, D, D / H]"""
+        _, key_weight, value_weight = self.in_proj_weight.chunk(3)
+        heads = (self.heads, -1)
+        return key_weight.unflatten(0, heads), value_weight.unflatten(0, heads).transpose(1, 2)
+
+    def _factored(self, patches: FactoredPatches) -> Memory:
+        channels = patches.channels[:, None]  # [B, 1, P, W]
+        value_weight, value_bias = self.in_proj_weight[2 * self.dim :], self.in_proj_bias[2 * self.dim :]
+        value_bias = torch.addmv(value_bias, value_weight, patches.bias)
+        if not patches.shared:
+            return Memory(channels, channels, *self._folds(), value_bias, patches.embedding)
+        # Both weights meet the embedding in one product: [2·D, D] × [D, W]
+        folded = self.in_proj_weight[self.dim :] @ patches.embedding.T
+        fold, unfold = folded.unflatten(0, (2, self.heads, -1)).unbind()  # [H, D / H, W]
+        return Memory(channels, channels, fold, unfold.transpose(1, 2), value_bias)
 
 
 class FeedForward(nn.Module):

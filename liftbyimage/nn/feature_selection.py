@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
-from liftbyimage.ops import PrunedPatches, keep_count, prune_patches
+from liftbyimage.nn.factored_patches import FactoredPatches
+from liftbyimage.ops import keep_count, prune_patches
+
+
+class SelectedPatches(NamedTuple):
+    patches: Tensor | FactoredPatches  # [B, K, D], factored if they came factored
+    index: Tensor  # [B, K], ascending
 
 
 class FeatureSelection(nn.Module):
@@ -18,9 +26,13 @@ class FeatureSelection(nn.Module):
         keep_count(1, retention)  # checks the range now, not at the first call
         self.retention = retention
 
-    def forward(self, patches: Tensor, importance: Tensor) -> PrunedPatches:
+    def forward(self, patches: Tensor | FactoredPatches, importance: Tensor) -> SelectedPatches:
         """patches [B, P, D], importance [B, P] → patches [B, K, D], index [B, K] ascending."""
-        return prune_patches(patches, importance, keep_count(patches.shape[1], self.retention))
+        keep = keep_count(patches.shape[1], self.retention)
+        if not isinstance(patches, FactoredPatches):
+            return SelectedPatches(*prune_patches(patches, importance, keep))
+        kept = prune_patches(patches.channels, importance, keep)
+        return SelectedPatches(patches.replace_channels(kept.patches), kept.index)
 
     def extra_repr(self) -> str:
         return f"retention={self.retention}"

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from liftbyimage.nn.attention import (
-    FeedForward,
-    Formulation,
-    JointAttention,
-    PatchAttention,
-    check_formulation,
-    check_tokens,
-)
-from liftbyimage.ops import pose_guided_attention
+from liftbyimage.nn.attention import FeedForward, Memory
+from liftbyimage.nn.factored_patches import FactoredPatches
+from liftbyimage.nn.formulation import Formulation
+from liftbyimage.nn.joint_side import JointSide
+from liftbyimage.ops import attend_patches, pose_guided_attention
 
 
-class PoseGuidedLayer(nn.Module):
+class PoseGuidedLayer(JointSide):
     """Self-attention over joints, pose-guided attention, feed-forward over joints.
 
         A = softmax(Q Kᵀ / √d)        Q from joints, K from patches
@@ -41,42 +37,37 @@ class PoseGuidedLayer(nn.Module):
         formulation: Formulation = "auto",
         image_feed_forward: bool = False,
     ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.formulation = check_formulation(formulation)
-        self.self_attention = JointAttention(dim, heads)
-        self.patch_attention = PatchAttention(dim, heads)
+        super().__init__(dim, heads, mlp_ratio, dropout, formulation)
         self.pose_value = nn.Linear(dim, dim)
         self.image_out_proj = nn.Linear(dim, dim, bias=False)
-        self.feed_forward = FeedForward(dim, mlp_ratio, dropout)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
         self.image_feed_forward = FeedForward(dim, mlp_ratio, dropout) if image_feed_forward else None
         self.image_norm = nn.LayerNorm(dim) if image_feed_forward else None
 
-    def forward(self, joints: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """joints [B, J, D], patches [B, P, D] → joints [B, J, D], patches [B, P, D]."""
-        check_tokens("PoseGuidedLayer", joints, patches, self.dim)
-        joints = self.norm1(joints + self.dropout(self.self_attention(joints)))
-        attended, patches = self._attend(joints, patches)
-        joints = self.norm2(joints + self.dropout(attended))
-        joints = self.norm3(joints + self.dropout(self.feed_forward(joints)))
+    def forward(self, joints: Tensor, patches: Tensor | FactoredPatches) -> tuple[Tensor, Tensor | FactoredPatches]:
+        """joints [B, J, D], patches [B, P, D] → joints and patches; patches met factored stay factored."""
+        self.check_tokens(joints, patches)
+        patches, formulation = self.choose(joints, patches)
+        memory = self.patch_attention.memory(patches, formulation)
+        joints, query = self.ask(joints, memory.fold)
+        context, patches = self._exchange(memory, query, self.dropout(self._pose_rows(joints)), patches)
+        joints = self.digest(joints, memory.contexts(context), memory.unfold, memory.value_bias)
         if self.image_feed_forward is not None and self.image_norm is not None:
-            patches = self.image_norm(patches + self.dropout(self.image_feed_forward(patches)))
+            tokens = patches.dense() if isinstance(patches, FactoredPatches) else patches
+            patches = self.image_norm(tokens + self.dropout(self.image_feed_forward(tokens)))
         return joints, patches
 
-    def _attend(self, joints: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        attention = self.patch_attention
-        formulation = attention.choose(self.formulation, joints.shape[1])
-        rows = self.dropout(self._pose_rows(joints))
-        if formulation == "absorbed":
-            tokens = patches[:, None]  # [B, 1, P, D]: key, value and patches in one
-            query = attention.absorbed(joints)
-            result = pose_guided_attention(query, tokens, tokens, rows, tokens, scale=attention.scale)
-        else:
-            query, key, value = attention.projected(joints, patches)
-            result = pose_guided_attention(query, key, value, rows, patches, scale=attention.scale)
-        return attention.output(result.context, formulation), result.patches
+    def _exchange(
+        self, memory: Memory, query: Tensor, rows: Tensor, patches: Tensor | FactoredPatches
+    ) -> tuple[Tensor, Tensor | FactoredPatches]:
+        """What joints gather, [B, H, J, N], and the patches after they received `rows` [B, H, J, D]."""
+        query, scale = memory.rows(query), self.patch_attention.scale
+        if isinstance(patches, FactoredPatches):
+            gathered = attend_patches(query, memory.key, memory.value, scale=scale, need_attention=True)
+            assert gathered.attention is not None
+            return gathered.context, patches.updated(gathered.attention, rows)
+        tokens = memory.key if memory.key is memory.value else patches
+        result = pose_guided_attention(query, memory.key, memory.value, rows, tokens, scale=scale)
+        return result.context, result.patches
 
     def _pose_rows(self, joints: Tensor) -> Tensor:
         """What each joint sends through each head at full width, [B, H, J, D]: V_J,h times the head's slice of W_g."""

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from liftbyimage.nn.attention import (
-    FeedForward,
-    Formulation,
-    JointAttention,
-    PatchAttention,
-    check_formulation,
-    check_tokens,
-)
+from liftbyimage.nn.factored_patches import FactoredPatches
+from liftbyimage.nn.formulation import Formulation
+from liftbyimage.nn.joint_side import JointSide
 from liftbyimage.ops import attend_patches
 
 _DECODER_LAYER_NAMES = {
@@ -24,7 +19,7 @@ _DECODER_LAYER_NAMES = {
 }
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(JointSide):
     """Self-attention over joints, cross-attention to patches, feed-forward; residual and layer norm after each.
 
     Numerically equal to `torch.nn.TransformerDecoderLayer(dim, heads, dim_feedforward=mlp_ratio·dim, dropout,
@@ -37,7 +32,8 @@ class TransformerLayer(nn.Module):
         heads: attention heads H.
         mlp_ratio: width of the feed-forward over D.
         dropout: probability on residual branches and inside the feed-forward.
-        formulation: "projected", "absorbed" or "auto" (the one with fewer multiply-adds); all agree to rounding.
+        formulation: "projected", "absorbed", "factored" (which needs `FactoredPatches`) or "auto": the one with the
+            fewest multiply-adds (`nn.formulation`). All agree to rounding.
 
     Source: Lifting by Image (AAAI 2024), TransformerLayer of both stages.
     """
@@ -50,33 +46,18 @@ class TransformerLayer(nn.Module):
         dropout: float = 0.1,
         formulation: Formulation = "auto",
     ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.formulation = check_formulation(formulation)
-        self.self_attention = JointAttention(dim, heads)
-        self.patch_attention = PatchAttention(dim, heads)
-        self.feed_forward = FeedForward(dim, mlp_ratio, dropout)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        super().__init__(dim, heads, mlp_ratio, dropout, formulation)
 
-    def forward(self, joints: Tensor, patches: Tensor, need_importance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, joints: Tensor, patches: Tensor | FactoredPatches, need_importance: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """joints [B, J, D], patches [B, P, D] → joints, or (joints, importance [B, P])."""
-        check_tokens("TransformerLayer", joints, patches, self.dim)
-        joints = self.norm1(joints + self.dropout(self.self_attention(joints)))
-        attended, importance = self._attend(joints, patches)
-        joints = self.norm2(joints + self.dropout(attended))
-        joints = self.norm3(joints + self.dropout(self.feed_forward(joints)))
-        return (joints, importance) if need_importance else joints
-
-    def _attend(self, joints: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        attention = self.patch_attention
-        formulation = attention.choose(self.formulation, joints.shape[1])
-        if formulation == "absorbed":
-            tokens = patches[:, None]  # [B, 1, P, D]: one head shared by all, key and value in one
-            result = attend_patches(attention.absorbed(joints), tokens, tokens, scale=attention.scale)
-        else:
-            result = attend_patches(*attention.projected(joints, patches), scale=attention.scale)
-        return attention.output(result.context, formulation), result.importance
+        self.check_tokens(joints, patches)
+        memory = self.patch_attention.memory(*self.choose(joints, patches))
+        joints, query = self.ask(joints, memory.fold)
+        result = attend_patches(memory.rows(query), memory.key, memory.value, scale=self.patch_attention.scale)
+        joints = self.digest(joints, memory.contexts(result.context), memory.unfold, memory.value_bias)
+        return (joints, result.importance) if need_importance else joints
 
     def load_decoder_layer(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take the weights of a `torch.nn.TransformerDecoderLayer` of the same sizes, strictly."""

@@ -1,0 +1,67 @@
+"""What both layers of the lifter do to joints, before and after they meet the patches."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from liftbyimage.nn.attention import FeedForward, JointAttention, PatchAttention
+from liftbyimage.nn.factored_patches import FactoredPatches
+from liftbyimage.nn.formulation import AttentionSize, Formulation, check_formulation
+
+
+class JointSide(nn.Module):
+    """Self-attention over joints, their queries to the patches, and the feed-forward after what came back.
+
+    The base of `TransformerLayer` and `PoseGuidedLayer`: parameters, checks and the choice of the formulation.
+    """
+
+    guided = False
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, dropout: float, formulation: Formulation) -> None:
+        super().__init__()
+        self.dim = dim
+        self.formulation = check_formulation(formulation)
+        self.self_attention = JointAttention(dim, heads)
+        self.patch_attention = PatchAttention(dim, heads)
+        self.feed_forward = FeedForward(dim, mlp_ratio, dropout)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def attention_size(self, joints: int) -> AttentionSize:
+        return AttentionSize(self.patch_attention.heads, joints, self.guided)
+
+    def choose(self, joints: Tensor, patches: Tensor | FactoredPatches) -> tuple[Tensor | FactoredPatches, Formulation]:
+        """`patches` as joints will meet them, in the formulation asked for or the one with the fewest multiply-adds."""
+        if self.formulation == "factored" and not isinstance(patches, FactoredPatches):
+            raise TypeError(
+                f"{type(self).__name__}: formulation 'factored' needs FactoredPatches, got a tensor of tokens"
+            )
+        formulation = self.formulation
+        if formulation == "auto":
+            formulation = self.attention_size(joints.shape[1]).cheapest(patches)
+        if isinstance(patches, FactoredPatches) and formulation != "factored":
+            return patches.dense(), formulation
+        return patches, formulation
+
+    def ask(self, joints: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
+        """joints [B, J, D] after self-attention, and their query rows [B, H, J, N]."""
+        joints = self.norm1(joints + self.dropout(self.self_attention(joints)))
+        return joints, self.patch_attention.query(joints, fold)
+
+    def digest(self, joints: Tensor, context: Tensor, unfold: Tensor | None, value_bias: Tensor | None) -> Tensor:
+        """joints [B, J, D] after what they gathered, contexts [B, H, J, N], and the feed-forward."""
+        attended = self.patch_attention.output(context, unfold, value_bias)
+        joints = self.norm2(joints + self.dropout(attended))
+        return self.norm3(joints + self.dropout(self.feed_forward(joints)))
+
+    def check_tokens(self, joints: Tensor, patches: Tensor | FactoredPatches) -> None:
+        name = type(self).__name__
+        if not isinstance(patches, (Tensor, FactoredPatches)):
+            raise TypeError(f"{name}: patches must be a tensor or FactoredPatches, got {type(patches).__name__}")
+        for argument, tokens, axis in (("joints", joints, "J"), ("patches", patches, "P")):
+            if len(tokens.shape) != 3 or tokens.shape[2] != self.dim:
+                raise ValueError(
+                    f"{name}: {argument} must have shape [B, {axis}, {self.dim}], got {list(tokens.shape)}"
+                )
+        if joints.shape[0] != patches.shape[0]:
+            raise ValueError(f"{name}: patches must have joints' batch size {joints.shape[0]}, got {patches.shape[0]}")
