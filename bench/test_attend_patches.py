@@ -61,10 +61,10 @@ class Absorbed(TransformerLayer):
 
     def forward(self, joints: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         attention = self.patch_attention
-        tokens = patches[:, None]  # [B, 1, P, D]
-        query = attention.absorbed(joints)
-        result = ops.attend_patches(query, tokens, tokens, scale=attention.scale, backend=self.backend)
-        return attention.output(result.context, "absorbed"), result.importance
+        memory = attention.memory(patches, "absorbed")
+        query = attention.query(joints, memory.fold)
+        result = ops.attend_patches(query, memory.key, memory.value, scale=attention.scale, backend=self.backend)
+        return attention.output(result.context, memory.unfold, memory.value_bias), result.importance
 
 
 def _statistics_dtype(tensor: Tensor) -> torch.dtype:

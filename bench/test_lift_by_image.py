@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workload import FORWARD, TRAINING, Implementation, Setting, Workload, textbook_memory
 
 from liftbyimage.metrics import root_relative
-from liftbyimage.models import LiftByImage, LiftByImageConfig
+from liftbyimage.models import LiftByImage, LiftByImageConfig, LiftedPose
 from liftbyimage.reference import ReferenceLiftByImage
 
 CHANNELS = 32
@@ -57,10 +57,37 @@ def _reference(setting: Setting) -> nn.Module:
     return (ReferenceLiftByImage if setting.direction == FORWARD else ReferenceStage1)(config, positions)
 
 
+class HalfPrecision(LiftByImage):
+    """The same weights in bfloat16, from float32 inputs on."""
+
+    def __init__(self, config: LiftByImageConfig) -> None:
+        super().__init__(config)
+        self.cast: LiftByImage | None = None
+
+    def forward(self, features: Tensor, pose_2d: Tensor) -> LiftedPose:
+        if self.cast is None:
+            cast = LiftByImage(self.config).eval()
+            cast.load_state_dict(self.state_dict())
+            self.cast = cast.bfloat16()
+        return self.cast(features.bfloat16(), pose_2d.bfloat16())
+
+
+def _why_no_half_precision(setting: Setting) -> str | None:
+    if DTYPE.itemsize == torch.bfloat16.itemsize:
+        return "every row is in half precision"
+    return None if setting.direction == FORWARD else "inference only"
+
+
 IMPLEMENTATIONS = [
     Implementation("reference", _reference),
     Implementation("torch.compile", _reference, compiled=True),
     Implementation("liftbyimage", _lifter),
+    Implementation(
+        "liftbyimage bfloat16",
+        lambda setting: HalfPrecision(_config(setting)),
+        why_not=_why_no_half_precision,
+        bounds={DTYPE: BOUNDS[torch.bfloat16]},
+    ),
 ]
 
 

@@ -35,10 +35,12 @@ class Textbook(GuidedLayer):
         return attended, *self.guide(joints, patches, attention)
 
     def guide(self, joints: Tensor, patches: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        return self.update(joints, patches, attention), attention.mean((1, 2), dtype=_statistics_dtype(joints))
+
+    def update(self, joints: Tensor, patches: Tensor, attention: Tensor) -> Tensor:
         sent = _split(self.pose_value(joints))
         received = (attention.transpose(2, 3) @ sent).transpose(1, 2).flatten(2)  # [B, P, D]
-        importance = attention.mean((1, 2), dtype=_statistics_dtype(joints))
-        return patches + self.image_out_proj(received), importance
+        return patches + self.image_out_proj(received)
 
 
 class WithMultiheadAttention(Textbook):
@@ -71,12 +73,12 @@ class Absorbed(PoseGuidedLayer):
 
     def forward(self, joints: Tensor, patches: Tensor) -> Outputs:  # type: ignore[override]
         attention = self.patch_attention
-        tokens = patches[:, None]  # [B, 1, P, D]
-        rows = self._pose_rows(joints)
+        memory = attention.memory(patches, "absorbed")
+        query, rows = attention.query(joints, memory.fold), self._pose_rows(joints)
         result = ops.pose_guided_attention(
-            attention.absorbed(joints), tokens, tokens, rows, tokens, scale=attention.scale, backend=self.backend
+            query, memory.key, memory.value, rows, memory.key, scale=attention.scale, backend=self.backend
         )
-        return attention.output(result.context, "absorbed"), result.patches, result.importance
+        return attention.output(result.context, memory.unfold, memory.value_bias), result.patches, result.importance
 
 
 def _split(tokens: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from machine import DEVICE, DTYPE, synchronise
 from torch import Tensor, nn
 
+from liftbyimage.nn import FactoredPatches
+
 FORWARD, TRAINING = "forward", "forward + backward"
 JOINTS, HEADS = 17, 8
 VERIFIED_SAMPLES = 8
@@ -36,13 +38,15 @@ class Implementation:
     """One way to compute a setting.
 
     `build(setting)` gives a module that maps the inputs to a tuple of outputs and has the reference's state dict.
-    `why_not(setting)` is the reason it has no row, or None.
+    `why_not(setting)` is the reason it has no row, or None. `bounds` replaces the workload's where the implementation
+    computes in another precision.
     """
 
     name: str
     build: Callable[[Setting], nn.Module]
     compiled: bool = False
     why_not: Callable[[Setting], str | None] = lambda setting: None
+    bounds: Mapping[torch.dtype, float] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -131,11 +135,12 @@ class Step:
         return outputs, gradients
 
     def results(self, call: Call) -> dict[str, Tensor]:
-        """Every result by name; cloned, because a compiled module may reuse its memory."""
+        """Every result by name, factored tokens formed; cloned, because a compiled module may reuse its memory."""
         outputs, gradients = self(call)
         names = [f"gradient of input {i}" for i, tensor in enumerate(call.inputs) if tensor.requires_grad]
         names += [f"gradient of {name}" for name in self.parameters]
-        named = [*self._named(outputs), *zip(names, gradients, strict=False)]
+        formed = [output.dense() if isinstance(output, FactoredPatches) else output for output in outputs]
+        named = [*self._named(formed), *zip(names, gradients, strict=False)]
         return {name: tensor.detach().clone() for name, tensor in named if tensor is not None}
 
     def _named(self, outputs: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
