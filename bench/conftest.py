@@ -18,6 +18,7 @@ CENTRAL = {"P": 3072, "D": 256}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("liftbyimage benchmarks")
     group.addoption("--sweep", action="store_true", help="the full grid of shapes instead of the central ones")
+    group.addoption("--scaling", action="store_true", help="forward only, one size varied at a time around the centre")
     group.addoption("--smoke", action="store_true", help="one tiny shape: every row verified, no figure of worth")
 
 
@@ -38,6 +39,13 @@ def settings(config: pytest.Config) -> list[Setting]:
             for patches in (192, 768, 3072, 6912)
             for batch in (1, 8, 64, 256)
         ]
+    if config.getoption("scaling"):
+        varied = [
+            *((batch, 3072, 256) for batch in (1, 2, 4, 8, 16, 32)),
+            *((8, patches, 256) for patches in (192, 768, 1728, 6912)),
+            *((8, 3072, dim) for dim in (128, 512, 768)),
+        ]
+        return [Setting(*sizes) for sizes in varied]
     batches = (8,) if machine.DEVICE == "cpu" else (8, 256)
     both = [
         Setting(batch, direction=direction, central=True, **CENTRAL)

@@ -41,6 +41,8 @@ class Row:
     group: str
     implementation: str
     seconds: float  # median
+    work: str  # the group without its shape
+    shape: dict[str, int] | None  # B, P, D
     gflops: float | None
     fraction_of_matmul: float | None
     fraction_of_copy: float | None
@@ -59,7 +61,7 @@ def table(json_path: str | Path) -> str:
     Raises:
         ValueError: one sentence on why the file is no such result.
     """
-    data, rows = _rows(json_path)
+    data, rows = read_rows(json_path)
     references = {row.group: row.seconds for row in rows if row.implementation == REFERENCE}
     lines = [_line(COLUMNS), _line(["---", "---", *["---:"] * (len(COLUMNS) - 2)])]
     for group in dict.fromkeys(row.group for row in rows):
@@ -73,7 +75,7 @@ def summary(json_path: str | Path) -> str:
 
     Args, Raises: as `table`. Work that lacks the reference or a liftbyimage row is left out.
     """
-    data, rows = _rows(json_path)
+    data, rows = read_rows(json_path)
     lines = [_line(SUMMARY_COLUMNS), _line(["---", *["---:"] * (len(SUMMARY_COLUMNS) - 1)])]
     for group in dict.fromkeys(row.group for row in rows):
         members = {row.implementation: row for row in rows if row.group == group}
@@ -99,7 +101,8 @@ def _summary_cells(group: str, reference: Row, others: list[Row], ours: Row) -> 
     ]
 
 
-def _rows(json_path: str | Path) -> tuple[dict[str, Any], list[Row]]:
+def read_rows(json_path: str | Path) -> tuple[dict[str, Any], list[Row]]:
+    """The whole file and its rows, or ValueError in one sentence."""
     label = f"benchmark results {json_path}"
     data = _read(label, Path(json_path))
     return data, [_parse(f"{label}: entry {i}", entry) for i, entry in enumerate(data["benchmarks"])]
@@ -129,7 +132,16 @@ def _parse(label: str, entry: Any) -> Row:
         raise ValueError(f'{label} has no positive "median" in its "stats"')
     names = ("gflops", "fraction_of_matmul", "fraction_of_copy", "peak_memory_bytes")
     figures = {name: _figure(facts.get(name)) for name in names}
-    return Row(str(entry.get("group")), facts["implementation"], seconds, **figures)
+    shape = facts.get("shape")
+    work = " ".join(str(facts[name]) for name in ("op", "direction", "dtype") if name in facts)
+    return Row(
+        group=str(entry.get("group")),
+        implementation=facts["implementation"],
+        seconds=seconds,
+        work=work,
+        shape=shape if isinstance(shape, dict) and set(shape) == {"B", "P", "D"} else None,
+        **figures,
+    )
 
 
 def _figure(value: Any) -> float | None:

@@ -161,9 +161,19 @@ def doctor(
 def bench_report(
     results: Annotated[Path, typer.Argument(help="JSON of `pytest bench --benchmark-json=FILE`.", show_default=False)],
     summary: Annotated[bool, typer.Option("--summary", help="One line per work instead of every row.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw how time grows with B, P and D (of a --scaling run) into this PNG instead."),
+    ] = None,
 ) -> None:
     """Print the measured figures of a benchmark run as a Markdown table."""
     with _mistakes_in_one_sentence():
         from liftbyimage import bench_report as report
 
+        if plot is not None:
+            from liftbyimage.bench_plot import plot_scaling
+            from liftbyimage.draw import save_figure
+
+            save_figure(plot_scaling(results), plot)
+            return
         typer.echo(report.summary(results) if summary else report.table(results))

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from liftbyimage import cli
+from liftbyimage.bench_plot import plot_scaling
 from liftbyimage.bench_report import summary, table
 
 LAYER, PRUNE = "pose_guided_attention forward B8 P3072 D256 float32 cpu", "prune_patches forward B8"
@@ -128,3 +129,35 @@ def test_refuses_a_missing_file(tmp_path: Path) -> None:
     run = CliRunner().invoke(cli.app, ["bench-report", str(path)])
     assert (run.exit_code, run.stdout) == (2, "")
     assert run.stderr == f"error: benchmark results {path}: no such file\n"
+
+
+def _scaling(tmp_path: Path, sizes: list[tuple[int, int, int]]) -> Path:
+    """Made-up medians: the reference grows as B·P·D, ours as B·P·√D."""
+    entries = []
+    for batch, patches, dim in sizes:
+        facts = {"op": "lifter", "direction": "forward", "shape": {"B": batch, "P": patches, "D": dim}}
+        for name, seconds in (("reference", batch * patches * dim), ("liftbyimage", batch * patches * dim**0.5)):
+            entries.append(_entry(f"lifter {batch} {patches} {dim}", name, 1e-6 * seconds, **facts))
+    return _results(tmp_path, {"benchmarks": entries})
+
+
+def test_plot_shows_every_size_that_varies_with_its_exponent(tmp_path: Path) -> None:
+    path = _scaling(tmp_path, [(1, 8, 64), (2, 8, 64), (4, 8, 64), (2, 8, 128), (2, 8, 256), (2, 16, 64)])
+    visible = [axes for axes in plot_scaling(path).axes if axes.get_visible()]
+    labels = {axes.get_xlabel(): [text.get_text() for text in axes.get_legend().get_texts()] for axes in visible}
+    assert labels == {
+        "batch B": ["reference: B$^{1.00}$", "liftbyimage: B$^{1.00}$"],
+        "token width D": ["reference: D$^{1.00}$", "liftbyimage: D$^{0.50}$"],
+    }
+    assert visible[0].lines[1].get_xdata().tolist() == [1, 2, 4]
+    out = tmp_path / "scaling.png"
+    assert CliRunner().invoke(cli.app, ["bench-report", str(path), "--plot", str(out)]).exit_code == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_needs_a_size_that_varies(tmp_path: Path) -> None:
+    path = _scaling(tmp_path, [(1, 8, 64), (2, 8, 64)])
+    run = CliRunner().invoke(cli.app, ["bench-report", str(path), "--plot", str(tmp_path / "none.png")])
+    assert run.exit_code == 2
+    assert run.stderr == f"error: benchmark results {path}: no size takes 3 values: run with --scaling\n"
+    assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,83 @@
+"""How time grows with each size: a picture of the JSON of `pytest bench --scaling --benchmark-json=FILE`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from liftbyimage.bench_report import OURS, REFERENCE, Row, read_rows
+
+AXES = {"B": "batch B", "P": "patches P", "D": "token width D"}
+MIN_POINTS = 3
+COLOURS = {REFERENCE: "#9A9A9A", OURS: "#0072B2"}
+
+
+def plot_scaling(json_path: str | Path) -> Figure:
+    """One row of panels per work and one panel per size: medians on logarithmic axes, with the fitted exponent.
+
+    A panel shows the rows that differ from the most frequent setting in that size alone, if there are at least three.
+
+    Args:
+        json_path: what `pytest bench --scaling --benchmark-only --benchmark-json=FILE` wrote.
+
+    Raises:
+        ValueError: one sentence on why the file is no such result, or has no size that varies.
+    """
+    _, rows = read_rows(json_path)
+    works: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.shape is not None and row.implementation in COLOURS:
+            works.setdefault(row.work, []).append(row)
+    panels = {work: varying for work, members in works.items() if (varying := _varying(members))}
+    if not panels:
+        raise ValueError(f"benchmark results {json_path}: no size takes {MIN_POINTS} values: run with --scaling")
+    figure = Figure(figsize=(4.2 * len(AXES), 3.6 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), len(AXES), squeeze=False)
+    for line, (work, varying) in zip(grid, panels.items(), strict=True):
+        for axes, axis in zip(line, AXES, strict=True):
+            if axis in varying:
+                _draw(axes, axis, varying[axis], work)
+            else:
+                axes.set_visible(False)
+    return figure
+
+
+def _varying(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """By axis, the rows at the most frequent values of the two others, where the axis takes enough values."""
+    centre = {axis: Counter(row.shape[axis] for row in rows if row.shape).most_common(1)[0][0] for axis in AXES}
+    varying = {}
+    for axis in AXES:
+        members = [
+            r for r in rows if r.shape and all(r.shape[other] == centre[other] for other in AXES if other != axis)
+        ]
+        if len({row.shape[axis] for row in members if row.shape}) >= MIN_POINTS:
+            varying[axis] = members
+    return varying
+
+
+def _draw(axes: Axes, axis: str, rows: Sequence[Row], work: str) -> None:
+    for name, colour in COLOURS.items():
+        points = sorted(
+            (row.shape[axis], 1e3 * row.seconds) for row in rows if row.shape and row.implementation == name
+        )
+        if points:
+            sizes, times = zip(*points, strict=True)
+            label = f"{name}: {axis}$^{{{exponent(sizes, times):.2f}}}$" if len(points) >= MIN_POINTS else name
+            axes.plot(sizes, times, "o-", color=colour, label=label)
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="median ms", title=work)
+    axes.set_xticks([], minor=True)
+    axes.grid(True, which="both", color="#DADADA", linewidth=0.5)
+    axes.legend(frameon=False)
+
+
+def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
+    """The e of the power law times ~ sizes ** e, by least squares on logarithms."""
+    x, y = ([math.log(value) for value in values] for values in (sizes, times))
+    return float(np.polyfit(x, y, 1)[0])
