@@ -6,8 +6,8 @@
 
 TORCH_LIBRARY(liftbyimage, m) {
   m.def(
-      "attend_patches_forward(Tensor query, Tensor key, Tensor? value, float scale, bool need_attention)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      "attend_patches_forward(Tensor query, Tensor key, Tensor? value, float scale, bool need_attention,"
+      " bool need_importance) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attend_patches_backward(Tensor? grad_context, Tensor? grad_importance, Tensor? grad_attention,"
       " Tensor query, Tensor key, Tensor? value, Tensor context, Tensor lse, float scale, bool need_token_grads)"

@@ -162,7 +162,7 @@ def scatter_kernel(
     BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, PATCHES_IS_KEY: tl.constexpr,
 ):  # fmt: skip
-    """importance, attention (if asked) and patches + A U (if there is a pose value) of BLOCK_P patches."""
+    """importance and attention (if asked) and patches + A U (if there is a pose value) of BLOCK_P patches."""
     parts: tl.constexpr = 1 if pose_value_pointer is None else (D + BLOCK_D - 1) // BLOCK_D
     rows = groups * group_rows
     patch_blocks = tl.cdiv(num_patches, BLOCK_P)
@@ -201,7 +201,8 @@ def scatter_kernel(
             largest = tl.load(largest_pointer + row, mask=row_ok, other=0.0)
             total = tl.load(total_pointer + row, mask=row_ok, other=1.0)
             attention = attention_tile(dots, scale, largest, patch_ok, row_ok) / total[None, :]
-            importance += tl.sum(attention, 1)
+            if importance_pointer is not None:
+                importance += tl.sum(attention, 1)
             if attention_pointer is not None:
                 tl.store(
                     attention_pointer + (sample * num_patches + patch)[:, None] * rows + row[None, :],
@@ -214,8 +215,9 @@ def scatter_kernel(
                 updated = tl.dot(weight, pose_value, updated, input_precision=PRECISION)
         key_pointer += num_patches * E
 
-    if part == 0:
-        tl.store(importance_pointer + sample * num_patches + patch, importance / rows, mask=patch_ok)
+    if importance_pointer is not None:  # noqa: SIM102 -- a compile-time and a run-time condition
+        if part == 0:
+            tl.store(importance_pointer + sample * num_patches + patch, importance / rows, mask=patch_ok)
     if pose_value_pointer is not None:
         column = part * BLOCK_D + tl.arange(0, BLOCK_D)
         tl.store(
@@ -548,8 +550,9 @@ def forward(
     patches: Tensor | None,  # [B, P, D]; None: key
     scale: float,
     need_attention: bool,
+    need_importance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """context, importance, attention [B,H,J,P] or empty, patches_out [B,P,D] or empty, lse [B,H,J]."""
+    """context, importance [B,P] or empty, attention [B,H,J,P] or empty, patches_out [B,P,D] or empty, lse [B,H,J]."""
     batch, heads, joints, key_width = query.shape
     groups, num_patches = key.shape[1], key.shape[2]
     rows = heads * joints
@@ -565,7 +568,7 @@ def forward(
     context = query.new_empty(batch, heads, joints, value_width)
     lse = query.new_empty(batch, heads, joints, dtype=torch.float32)
     largest, total = torch.empty_like(lse), torch.empty_like(lse)  # rounds less than lse at large logits
-    importance = query.new_empty(batch, num_patches, dtype=torch.float32)
+    importance = query.new_empty((batch, num_patches) if need_importance else (0,), dtype=torch.float32)
     attention = query.new_empty((batch, num_patches, rows) if need_attention else (0,))
     patches_out = query.new_empty((batch, num_patches, model_width) if updates else (0,))
     if batch:
@@ -577,11 +580,13 @@ def forward(
             gather_kernel[(row_programs * work.parts(value_width),)](
                 query, key, value, context, lse, largest, total, *sizes, **work.constants, **work.options
             )
-            scatter_kernel[(patch_programs * work.parts(model_width),)](
-                query, key, largest, total, pose_value, key if patches_is_key else patches,
-                importance, attention if need_attention else None, patches_out if updates else None,
-                *sizes, **work.constants, PATCHES_IS_KEY=patches_is_key, **work.options,
-            )  # fmt: skip
+            if need_importance or need_attention or updates:
+                scatter_kernel[(patch_programs * work.parts(model_width),)](
+                    query, key, largest, total, pose_value, key if patches_is_key else patches,
+                    importance if need_importance else None,
+                    attention if need_attention else None, patches_out if updates else None,
+                    *sizes, **work.constants, PATCHES_IS_KEY=patches_is_key, **work.options,
+                )  # fmt: skip
     if need_attention:
         attention = attention.transpose(1, 2).unflatten(1, (heads, joints))
     return context, importance, attention, patches_out, lse

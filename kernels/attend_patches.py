@@ -3,7 +3,7 @@
 Two launches forward, two or three backward, over the tiles that `_attention` pictures, without a pose value:
 
     forward     gather            a row block            over patch tiles   context, lse
-                scatter           a patch tile           over row blocks    importance, attention
+                scatter           a patch tile           over row blocks    importance, attention (if asked for)
     backward    row_statistics    a row block            over patch tiles   δ (16-bit context alone: no tiles)
                 row_gradients     a row block            over patch tiles   dQ
                 token_gradients   a patch tile, a group  over row blocks    dK, dV (one if shared)
@@ -22,9 +22,12 @@ def forward(
     value: Tensor | None,  # [B, Hk, P, F]; None: value is key, and tokens are read once
     scale: float,
     need_attention: bool,
+    need_importance: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """context [B,H,J,F], importance [B,P], attention [B,H,J,P] (memory [B,P,R]) or empty, lse [B,H,J]."""
-    context, importance, attention, _, lse = _attention.forward(query, key, value, None, None, scale, need_attention)
+    """context [B,H,J,F], importance [B,P] or empty, attention [B,H,J,P] (memory [B,P,R]) or empty, lse [B,H,J]."""
+    context, importance, attention, _, lse = _attention.forward(
+        query, key, value, None, None, scale, need_attention, need_importance
+    )
     return context, importance, attention, lse
 
 

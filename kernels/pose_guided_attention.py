@@ -25,7 +25,9 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """context [B,H,J,F], patches_out [B,P,D], importance [B,P] float32, lse [B,H,J] float32."""
-    context, importance, _, patches_out, lse = _attention.forward(query, key, value, pose_value, patches, scale, False)
+    context, importance, _, patches_out, lse = _attention.forward(
+        query, key, value, pose_value, patches, scale, need_attention=False, need_importance=True
+    )
     return context, patches_out, importance, lse
 
 

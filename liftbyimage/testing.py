@@ -39,6 +39,7 @@ class Case:
     value_is_key: bool = False
     patches_is_key: bool = False
     need_attention: bool = False
+    need_importance: bool = True
     layout: str = (
         "contiguous"  # "strided": every tensor is a transposed view; "expanded": one sample for the whole batch
     )
@@ -73,11 +74,36 @@ _ATTENTION_CASES = (
     Case("sharp", scale=30.0),
 )
 
+# The widths of factored tokens, before and after a pose-guided update; enough patches for several tiles.
+_FACTORED_CASES = tuple(
+    Case(
+        f"factored_{width}{suffix}",
+        H=8,
+        P=patches,
+        E=width,
+        F=width,
+        value_is_key=True,
+        need_attention=need_attention,
+        need_importance=need_importance,
+        slow_interpreter=True,
+    )
+    for width, patches in ((48, 401), (184, 390))
+    for suffix, need_attention, need_importance in (
+        ("", False, True),
+        ("_with_attention", True, True),
+        ("_context_alone", False, False),
+    )
+)
+
 CASES: dict[str, tuple[Case, ...]] = {
     "attend_patches": (
         *_ATTENTION_CASES,
         Case("with_attention", need_attention=True),
         Case("with_attention_odd", need_attention=True, P=33, J=25, shared_head=False),
+        Case("context_alone", need_importance=False),
+        Case("context_alone_separate_heads", need_importance=False, shared_head=False, P=33),
+        Case("attention_without_importance", need_attention=True, need_importance=False, P=33, value_is_key=True),
+        *_FACTORED_CASES,
     ),
     "pose_guided_attention": (
         *_ATTENTION_CASES,
@@ -144,6 +170,7 @@ def make_inputs(
         inputs["patches"] = key if case.patches_is_key else draw(case.B, case.P, case.D)
     else:
         inputs["need_attention"] = case.need_attention
+        inputs["need_importance"] = case.need_importance
     return inputs
 
 

@@ -178,7 +178,7 @@ def test_opcheck(op, backend):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     rest = {
-        "attend_patches": [0.5, True],
+        "attend_patches": [0.5, True, True],
         "pose_guided_attention": [0.5],
         "prune_patches": [inputs.get("keep")],
     }[op]

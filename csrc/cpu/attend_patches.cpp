@@ -22,16 +22,21 @@ at::Tensor empty_attention(const AttentionShape& shape, const at::TensorOptions&
                            {shape.patches * rows, shape.joints, 1, rows}, options);
 }
 
+// [B, P]; [0] where not wanted.
+at::Tensor empty_importance(const AttentionShape& shape, const at::TensorOptions& options, bool wanted) {
+  return wanted ? at::empty({shape.batch, shape.patches}, options) : at::empty({0}, options);
+}
+
 }  // namespace
 
 Tensor4 attend_patches_forward(const at::Tensor& query_in, const at::Tensor& key_in, const OptionalTensor& value_in,
-                               double scale, bool need_attention) {
+                               double scale, bool need_attention, bool need_importance) {
   const AttentionShape shape = attention_shape(query_in, key_in, value_in);
   const at::Tensor query = query_in.contiguous(), key = key_in.contiguous();
   const OptionalTensor value = contiguous(value_in);
   const auto options = query.options(), statistics = options.dtype(at::toOpMathType(query.scalar_type()));
   const at::Tensor context = at::empty({shape.batch, shape.heads, shape.joints, shape.value_width}, options);
-  const at::Tensor importance = at::empty({shape.batch, shape.patches}, statistics);
+  const at::Tensor importance = empty_importance(shape, statistics, need_importance);
   const at::Tensor lse = at::empty({shape.batch, shape.heads, shape.joints}, statistics);
   const at::Tensor attention = empty_attention(shape, options, need_attention);
 

@@ -129,7 +129,7 @@ class ForwardBlock {
   void spread(const ForwardInputs<T>& in, const ForwardOutputs<T>& out, const Tile& tile) {
     const int64_t n = tile.size, D = shape_.model_width, rows = block_.rows;
     T* a = scores(tile);  // [rows, n]
-    normalize(a, tile, out.importance + tile.first);
+    normalize(a, tile, out.importance == nullptr ? nullptr : out.importance + tile.first);
     if (out.attention != nullptr) {
       T* columns = out.attention + tile.first * shape_.rows() + block_.first;  // [n, R]
       for_transposed(rows, n, [&](int64_t r, int64_t p) { columns[p * shape_.rows() + r] = a[r * n + p]; });
@@ -145,7 +145,7 @@ class ForwardBlock {
 
   void normalize(T* a, const Tile& tile, T* importance) {
     const int64_t n = tile.size;
-    if (block_.first == 0) {
+    if (importance != nullptr && block_.first == 0) {
       std::fill_n(importance, n, T(0));
     }
     const Vec<T> share(T(1) / static_cast<T>(shape_.rows()));
@@ -158,6 +158,9 @@ class ForwardBlock {
           const Vec<T> x = Vec<T>::loadu(a + r * n + i, count) * Vec<T>(softmax_.weight(tile.index, r));
           x.store(a + r * n + i, static_cast<int>(count));
           sum = sum + x;
+        }
+        if (importance == nullptr) {
+          return;
         }
         at::vec::fmadd(sum, share, Vec<T>::loadu(importance + i, count)).store(importance + i, static_cast<int>(count));
       });

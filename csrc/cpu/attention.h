@@ -29,7 +29,7 @@ struct ForwardInputs {
 template <typename T>
 struct ForwardOutputs {
   T* context;     // [R, F]
-  T* importance;  // [P]
+  T* importance;  // [P], null: not wanted
   T* lse;         // [R]
   T* patches;     // [P, D], null with pose_value
   T* attention;   // [P, R], null: not wanted

@@ -14,9 +14,9 @@ using Tensor2 = std::tuple<at::Tensor, at::Tensor>;
 using Tensor3 = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Tensor4 = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// -> context [B,H,J,F], importance [B,P], attention [B,H,J,P] or [0], lse [B,H,J]
+// -> context [B,H,J,F], importance [B,P] or [0], attention [B,H,J,P] or [0], lse [B,H,J]
 Tensor4 attend_patches_forward(const at::Tensor& query, const at::Tensor& key, const OptionalTensor& value,
-                               double scale, bool need_attention);
+                               double scale, bool need_attention, bool need_importance);
 
 // -> grad_query [B,H,J,E], grad_key [B,Hk,P,E], grad_value [B,Hk,P,F]
 Tensor3 attend_patches_backward(const OptionalTensor& grad_context, const OptionalTensor& grad_importance,

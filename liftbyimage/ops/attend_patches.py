@@ -37,7 +37,7 @@ OP = "attend_patches"
 
 class AttendedPatches(NamedTuple):
     context: Tensor  # [B, H, J, F]
-    importance: Tensor  # [B, P]
+    importance: Tensor | None  # [B, P]
     attention: Tensor | None  # [B, H, J, P], patch-major memory [B, P, H·J]
 
 
@@ -55,14 +55,20 @@ def reference_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def reference(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, need_attention: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    need_attention: bool = False,
+    need_importance: bool = True,
 ) -> AttendedPatches:
     """The definition, in plain PyTorch, for any device and dtype; gradients are PyTorch's own."""
     batch, heads, joints, width = query.shape
     patches = key.shape[2]
     attention = reference_attention(query, key, width**-0.5 if scale is None else scale)  # [B, Hk, R / Hk, P]
     context = (attention @ value).reshape(batch, heads, joints, value.shape[3])
-    importance = attention.mean((1, 2), dtype=statistics_dtype(query.dtype))  # [B, P]
+    importance = attention.mean((1, 2), dtype=statistics_dtype(query.dtype)) if need_importance else None  # [B, P]
     if not need_attention:
         return AttendedPatches(context, importance, None)
     patch_major = attention.reshape(batch, heads * joints, patches).transpose(1, 2).contiguous()  # [B, P, R]
@@ -74,7 +80,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 _FORWARD_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor? value, float scale, bool need_attention) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor query, Tensor key, Tensor? value, float scale, bool need_attention, bool need_importance)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor? grad_context, Tensor? grad_importance, Tensor? grad_attention, Tensor query, Tensor key, Tensor? value,"
@@ -83,13 +90,13 @@ _BACKWARD_SCHEMA = (
 
 
 def _fake_forward(
-    query: Tensor, key: Tensor, value: Tensor | None, scale: float, need_attention: bool
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float, need_attention: bool, need_importance: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, joints, _ = query.shape
     patches = key.shape[2]
     statistics = statistics_dtype(query.dtype)
     context = query.new_empty(batch, heads, joints, (key if value is None else value).shape[3])
-    importance = query.new_empty(batch, patches, dtype=statistics)
+    importance = query.new_empty((batch, patches) if need_importance else (0,), dtype=statistics)
     if need_attention:
         patch_major = query.new_empty(batch, patches, heads * joints)
         attention = patch_major.transpose(1, 2).unflatten(1, (heads, joints))
@@ -175,16 +182,17 @@ class _AttendPatches(torch.autograd.Function):
         value: Tensor | None,
         scale: float,
         need_attention: bool,
+        need_importance: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         forward = _BY_NAME[backend].forward
         assert forward is not None
-        context, importance, attention, lse = forward(query, key, value, scale, need_attention)
+        context, importance, attention, lse = forward(query, key, value, scale, need_attention, need_importance)
         ctx.save_for_backward(query, key, value, context, lse)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.backend = scale, backend
-        if not need_attention:
-            ctx.mark_non_differentiable(attention)
+        wanted = ((importance, need_importance), (attention, need_attention))
+        ctx.mark_non_differentiable(*(output for output, needed in wanted if not needed))
         return context, importance, attention
 
     @staticmethod
@@ -208,8 +216,8 @@ class _AttendPatches(torch.autograd.Function):
             need_token_grads,
         )
         if not need_token_grads:
-            return grad_query, None, None, None, None, None
-        return grad_query, grad_key, None if value is None else grad_value, None, None, None
+            return grad_query, None, None, None, None, None, None
+        return grad_query, grad_key, None if value is None else grad_value, None, None, None, None
 
 
 def attend_patches(
@@ -219,6 +227,7 @@ def attend_patches(
     *,
     scale: float | None = None,
     need_attention: bool = False,
+    need_importance: bool = True,
     backend: str | None = None,
 ) -> AttendedPatches:
     """Joints query image patches: context = softmax(scale · Q Kᵀ) V, and each patch's mean attention.
@@ -229,12 +238,13 @@ def attend_patches(
         value: [B, Hk, P, F]; may be `key` itself, whose tokens are then read once.
         scale: factor on the scores before the softmax; E ** -0.5 if None.
         need_attention: also return A, stored patch-major (memory [B, P, H·J]) so that it can serve as feature channels.
+        need_importance: return the importance; False where nobody reads it spares a pass over the scores.
         backend: "cpu", "triton" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         AttendedPatches: `context` [B, H, J, F] and `attention` [B, H, J, P] (or None) in the input dtype,
-        `importance` [B, P] in float32 (float64 for float64), summing to 1 over P. All are differentiable with respect
-        to query, key and value. A NaN in an input gives NaN in every output that depends on it.
+        `importance` [B, P] (or None) in float32 (float64 for float64), summing to 1 over P. All are differentiable with
+        respect to query, key and value. A NaN in an input gives NaN in every output that depends on it.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or dtypes differ.
@@ -247,8 +257,8 @@ def attend_patches(
     scale = check_scale(OP, scale, query.shape[-1])
     chosen = select(OP, BACKENDS, backend, query, key, value)
     if chosen.forward is None:
-        return reference(query, key, value, scale=scale, need_attention=need_attention)
+        return reference(query, key, value, scale=scale, need_attention=need_attention, need_importance=need_importance)
     context, importance, attention = _AttendPatches.apply(
-        query, key, None if shared else value, scale, bool(need_attention), chosen.name
+        query, key, None if shared else value, scale, bool(need_attention), bool(need_importance), chosen.name
     )
-    return AttendedPatches(context, importance, attention if need_attention else None)
+    return AttendedPatches(context, importance if need_importance else None, attention if need_attention else None)
