@@ -19,21 +19,6 @@ constexpr auto transposed = Transpose::yes;
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
-// f(row, patch) over [rows, n] in squares that keep both a matrix and its transpose in the first-level cache.
-template <typename F>
-void for_transposed(int64_t rows, int64_t n, const F& f) {
-  constexpr int64_t square = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += square) {
-    for (int64_t p0 = 0; p0 < n; p0 += square) {
-      for (int64_t p = p0; p < std::min(p0 + square, n); ++p) {
-        for (int64_t r = r0; r < std::min(r0 + square, rows); ++r) {
-          f(r, p);
-        }
-      }
-    }
-  }
-}
-
 // target [rows, width] = factor(t, row) · partial_t [rows, width], summed over tiles in order.
 template <typename T, typename Factor>
 void sum_partials_row(const T* partial, int64_t tiles, int64_t rows, int64_t width, int64_t row, const Factor& factor,
@@ -84,11 +69,12 @@ class TiledSoftmax {
 template <typename T>
 class ForwardBlock {
  public:
-  ForwardBlock(const AttentionShape& shape, T scale, int64_t rows)
+  ForwardBlock(const AttentionShape& shape, T scale, int64_t rows, bool spreads)
       : shape_(shape),
         scale_(scale),
+        spreads_(spreads),
         tiles_(tile_count(shape)),
-        scores_(uninitialized<T>(rows * shape.patches)),
+        scores_(uninitialized<T>(spreads ? rows * shape.patches : 0)),
         context_(uninitialized<T>(tiles_ * rows * shape.value_width)),
         softmax_(tiles_, rows) {}
 
@@ -96,7 +82,9 @@ class ForwardBlock {
     block_ = block;
     parallel_tasks(tiles_, 1, [&](int64_t t) { gather(in, tile_at(shape_, t)); });
     parallel_tasks(block.rows, row_grain, [&](int64_t row) { finish_row(out, row); });
-    parallel_tasks(tiles_, 1, [&](int64_t t) { spread(in, out, tile_at(shape_, t)); });
+    if (spreads_) {
+      parallel_tasks(tiles_, 1, [&](int64_t t) { spread(in, out, tile_at(shape_, t)); });
+    }
   }
 
  private:
@@ -105,7 +93,8 @@ class ForwardBlock {
   // Scores of a tile, its softmax against the tile's own maximum, and its share of the context.
   void gather(const ForwardInputs<T>& in, const Tile& tile) {
     const int64_t n = tile.size, E = shape_.key_width, F = shape_.value_width;
-    T* s = scores(tile);                                                                // [rows, n]
+    const Buffer<T> passing = uninitialized<T>(spreads_ ? 0 : block_.rows * n);
+    T* s = spreads_ ? scores(tile) : passing.get();                                     // [rows, n]
     T* context = context_.get() + tile.index * block_.rows * F;                         // [rows, F]
     for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t rows) {
       const T* key = in.key + (group * shape_.patches + tile.first) * E;                // [n, E]
@@ -127,51 +116,58 @@ class ForwardBlock {
 
   // What each patch receives: importance, its attention column, and the pose values.
   void spread(const ForwardInputs<T>& in, const ForwardOutputs<T>& out, const Tile& tile) {
-    const int64_t n = tile.size, D = shape_.model_width, rows = block_.rows;
-    T* a = scores(tile);  // [rows, n]
-    normalize(a, tile, out.importance == nullptr ? nullptr : out.importance + tile.first);
-    if (out.attention != nullptr) {
-      T* columns = out.attention + tile.first * shape_.rows() + block_.first;  // [n, R]
-      for_transposed(rows, n, [&](int64_t r, int64_t p) { columns[p * shape_.rows() + r] = a[r * n + p]; });
+    constexpr int64_t strip = 16;  // rows that are summed in a register before they join the running mean
+    for (int64_t row = 0; row < block_.rows; row += strip) {
+      normalize(out, tile, {row, std::min(strip, block_.rows - row)});
     }
     if (out.patches != nullptr) {
-      T* target = out.patches + tile.first * D;  // [n, D]
-      if (block_.first == 0) {
-        std::memcpy(target, in.patches + tile.first * D, n * D * sizeof(T));
-      }
-      gemm<T>(transposed, plain, n, D, rows, a, n, in.pose_value + block_.first * D, D, 1, target, D);
+      update_patches(in, out, tile);
     }
   }
 
-  void normalize(T* a, const Tile& tile, T* importance) {
-    const int64_t n = tile.size;
-    if (importance != nullptr && block_.first == 0) {
-      std::fill_n(importance, n, T(0));
-    }
-    const Vec<T> share(T(1) / static_cast<T>(shape_.rows()));
-    constexpr int64_t strip = 16;  // rows summed in a register before they join the running mean
-    for (int64_t first = 0; first < block_.rows; first += strip) {
-      const int64_t last = std::min(first + strip, block_.rows);
-      for_vectors<T>(n, [&](int64_t i, int64_t count) {
-        Vec<T> sum(0);
-        for (int64_t r = first; r < last; ++r) {
-          const Vec<T> x = Vec<T>::loadu(a + r * n + i, count) * Vec<T>(softmax_.weight(tile.index, r));
-          x.store(a + r * n + i, static_cast<int>(count));
-          sum = sum + x;
+  // Rows of a tile: scores become attention where a later step reads them; importance and attention go out.
+  void normalize(const ForwardOutputs<T>& out, const Tile& tile, RowBlock strip) {
+    const int64_t n = tile.size, R = shape_.rows();
+    const bool store = out.attention != nullptr || out.patches != nullptr;
+    const bool starts = block_.first + strip.first == 0;
+    const Vec<T> share(T(1) / static_cast<T>(R));
+    T* a = scores(tile) + strip.first * n;  // [strip.rows, n]
+    for_vectors<T>(n, [&](int64_t i, int64_t count) {
+      const auto size = static_cast<int>(count);
+      Vec<T> sum(0);
+      for (int64_t r = 0; r < strip.rows; ++r) {
+        const Vec<T> x = Vec<T>::loadu(a + r * n + i, count) * Vec<T>(softmax_.weight(tile.index, strip.first + r));
+        if (store) {
+          x.store(a + r * n + i, size);
         }
-        if (importance == nullptr) {
-          return;
-        }
-        at::vec::fmadd(sum, share, Vec<T>::loadu(importance + i, count)).store(importance + i, static_cast<int>(count));
-      });
+        sum = sum + x;
+      }
+      if (out.importance != nullptr) {
+        T* importance = out.importance + tile.first + i;
+        const Vec<T> before = starts ? Vec<T>(0) : Vec<T>::loadu(importance, count);
+        at::vec::fmadd(sum, share, before).store(importance, size);
+      }
+    });
+    if (out.attention != nullptr) {
+      transpose(a, n, strip.rows, n, out.attention + tile.first * R + block_.first + strip.first, R);
     }
+  }
+
+  void update_patches(const ForwardInputs<T>& in, const ForwardOutputs<T>& out, const Tile& tile) {
+    const int64_t n = tile.size, D = shape_.model_width;
+    T* target = out.patches + tile.first * D;  // [n, D]
+    if (block_.first == 0) {
+      std::memcpy(target, in.patches + tile.first * D, n * D * sizeof(T));
+    }
+    gemm<T>(transposed, plain, n, D, block_.rows, scores(tile), n, in.pose_value + block_.first * D, D, 1, target, D);
   }
 
   const AttentionShape& shape_;
   T scale_;
   RowBlock block_{0, 0};
+  bool spreads_;  // patches receive something, so that scores wait for the weights of their rows
   int64_t tiles_;
-  Buffer<T> scores_;   // [tiles][rows, n]
+  Buffer<T> scores_;   // [tiles][rows, n] if spreads
   Buffer<T> context_;  // [tiles, rows, F]
   TiledSoftmax<T> softmax_;
 };
@@ -231,11 +227,16 @@ class BackwardBlock {
     const int64_t n = tile.size, D = shape_.model_width, rows = block_.rows;
     T* d = grad(tile);
     T add = 0;
+    if (in.grad_attention != nullptr) {
+      const T* columns = in.grad_attention + tile.first * shape_.rows() + block_.first;  // [n, R]
+      transpose(columns, shape_.rows(), n, rows, d, n);
+      add = 1;
+    }
     if (in.grad_context != nullptr) {
       for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t group_rows) {
         const int64_t F = shape_.value_width;
         const T* value = in.value + (group * shape_.patches + tile.first) * F;  // [n, F]
-        gemm<T>(plain, transposed, group_rows, n, F, in.grad_context + (block_.first + row) * F, F, value, F, 0,
+        gemm<T>(plain, transposed, group_rows, n, F, in.grad_context + (block_.first + row) * F, F, value, F, add,
                 d + row * n, n);
       });
       add = 1;
@@ -247,10 +248,6 @@ class BackwardBlock {
     }
     if (add == 0) {
       std::fill_n(d, rows * n, T(0));
-    }
-    if (in.grad_attention != nullptr) {
-      const T* columns = in.grad_attention + tile.first * shape_.rows() + block_.first;  // [n, R]
-      for_transposed(rows, n, [&](int64_t r, int64_t p) { d[r * n + p] += columns[p * shape_.rows() + r]; });
     }
   }
 
@@ -353,14 +350,16 @@ class BackwardBlock {
 
 template <typename T>
 void Attention<T>::forward(const ForwardInputs<T>& in, const ForwardOutputs<T>& out) const {
-  const int64_t rows = rows_per_block(shape_, sizeof(T));
-  ForwardBlock<T> scratch(shape_, scale_, rows);
+  const bool spreads = out.importance != nullptr || out.attention != nullptr || out.patches != nullptr;
+  const int64_t row_size = spreads ? shape_.patches : tile_count(shape_) * shape_.value_width;
+  const int64_t rows = rows_per_block(shape_, row_size * sizeof(T));
+  ForwardBlock<T> scratch(shape_, scale_, rows, spreads);
   for_each_block(shape_, rows, [&](const RowBlock& block) { scratch.run(in, out, block); });
 }
 
 template <typename T>
 void Attention<T>::backward(const BackwardInputs<T>& in, const BackwardOutputs<T>& out) const {
-  const int64_t rows = rows_per_block(shape_, 2 * sizeof(T));
+  const int64_t rows = rows_per_block(shape_, 2 * shape_.patches * sizeof(T));
   BackwardBlock<T> scratch(shape_, scale_, rows);
   for_each_block(shape_, rows, [&](const RowBlock& block) { scratch.run(in, out, block); });
 }

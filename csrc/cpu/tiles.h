@@ -11,7 +11,7 @@
 namespace liftbyimage::cpu {
 
 // 384 columns of 136 rows and a 384 × 256 token tile share a 1 MiB L2, and no row stride is a power of two.
-constexpr int64_t tile_patches = 384;
+constexpr int64_t most_tile_patches = 384;
 // Scores of a row block per thread. Blocks of fewer than about 60 rows cost more BLAS speed than staying in L2 gains.
 constexpr int64_t block_bytes = 4 << 20;
 
@@ -40,11 +40,18 @@ struct Tile {
   int64_t index, first, size;  // patches [first, first + size)
 };
 
-inline int64_t tile_count(const AttentionShape& shape) { return divide_up(shape.patches, tile_patches); }
+// Tiles are alike and, beyond one, even in number, so that two threads share a sample equally.
+inline int64_t tile_patches(const AttentionShape& shape) {
+  const int64_t tiles = divide_up(shape.patches, most_tile_patches);
+  const int64_t size = 16 * divide_up(shape.patches, 16 * (tiles == 1 ? 1 : tiles + tiles % 2));
+  return size % 256 == 0 ? size + 16 : size;
+}
+
+inline int64_t tile_count(const AttentionShape& shape) { return divide_up(shape.patches, tile_patches(shape)); }
 
 inline Tile tile_at(const AttentionShape& shape, int64_t index) {
-  const int64_t first = index * tile_patches;
-  return {index, first, std::min(tile_patches, shape.patches - first)};
+  const int64_t size = tile_patches(shape), first = index * size;
+  return {index, first, std::min(size, shape.patches - first)};
 }
 
 struct RowBlock {
@@ -52,9 +59,9 @@ struct RowBlock {
 };
 
 // A block is a part of one group, or several whole groups.
-inline int64_t rows_per_block(const AttentionShape& shape, int64_t bytes_per_score) {
+inline int64_t rows_per_block(const AttentionShape& shape, int64_t bytes_per_row) {
   const int64_t group = shape.group_rows();
-  const int64_t most = std::max<int64_t>(16, block_bytes / (bytes_per_score * shape.patches));
+  const int64_t most = std::max<int64_t>(16, block_bytes / bytes_per_row);
   if (most >= group) {
     const int64_t groups = std::min(shape.groups, most / group);
     return group * divide_up(shape.groups, divide_up(shape.groups, groups));
