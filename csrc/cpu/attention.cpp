@@ -83,7 +83,7 @@ class ForwardBlock {
     parallel_tasks(tiles_, 1, [&](int64_t t) { gather(in, tile_at(shape_, t)); });
     parallel_tasks(block.rows, row_grain, [&](int64_t row) { finish_row(out, row); });
     if (spreads_) {
-      parallel_tasks(tiles_, 1, [&](int64_t t) { spread(in, out, tile_at(shape_, t)); });
+      parallel_tasks_last_first(tiles_, 1, [&](int64_t t) { spread(in, out, tile_at(shape_, t)); });
     }
   }
 
@@ -191,7 +191,7 @@ class BackwardBlock {
     block_ = block;
     parallel_tasks(tiles_, 1, [&](int64_t t) { recompute(in, tile_at(shape_, t)); });
     parallel_tasks(block.rows, row_grain, [&](int64_t row) { finish_row(in, out, row); });
-    parallel_tasks(tiles_, 1, [&](int64_t t) { token_gradients(in, out, tile_at(shape_, t)); });
+    parallel_tasks_last_first(tiles_, 1, [&](int64_t t) { token_gradients(in, out, tile_at(shape_, t)); });
     parallel_tasks(block.rows, row_grain, [&](int64_t row) {
       const int64_t E = shape_.key_width;
       sum_partials_row<T>(partial_.get(), tiles_, block_.rows, E, row, [](int64_t) { return T(1); },

@@ -19,6 +19,17 @@ void parallel_tasks(int64_t count, int64_t grain, const F& f) {
   });
 }
 
+// The same with every thread's tasks last first: what a thread left in its cache, it meets first.
+template <typename F>
+void parallel_tasks_last_first(int64_t count, int64_t grain, const F& f) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const SerialBlas serial;
+    for (int64_t i = end; i-- > begin;) {
+      f(i);
+    }
+  });
+}
+
 // f(b) for every sample: threads over samples where that keeps them all busy, else threads inside each sample.
 template <typename F>
 void for_samples(int64_t batch, const F& f) {

@@ -30,18 +30,25 @@ inline T sum_lanes(const at::vec::Vectorized<T>& lanes) {
   return at::vec::vec_reduce_all<T>([](Vec& x, Vec& y) { return x + y; }, lanes);
 }
 
-// The largest scale · row[i], or NaN where one is.
+// The largest scale · row[i]; where one is NaN, anything.
 template <typename T>
 inline T max_scaled(const T* row, int64_t size, T scale) {
   using Vec = at::vec::Vectorized<T>;
-  constexpr T lowest = -std::numeric_limits<T>::infinity();
-  const Vec scales(scale);
-  Vec best(lowest);
-  for_vectors<T>(size, [&](int64_t i, int64_t count) {
-    const Vec x = Vec::loadu(row + i, count) * scales;
-    best = at::vec::maximum(best, count == Vec::size() ? x : Vec::set(Vec(lowest), x, count));
+  constexpr int64_t width = Vec::size(), lanes = 4;  // as many comparisons in flight
+  const Vec scales(scale), lowest(-std::numeric_limits<T>::infinity());
+  Vec best[lanes] = {lowest, lowest, lowest, lowest};
+  int64_t i = 0;
+  for (; i + lanes * width <= size; i += lanes * width) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      best[lane] = at::vec::clamp_min(Vec::loadu(row + i + lane * width) * scales, best[lane]);
+    }
+  }
+  for_vectors<T>(size - i, [&](int64_t offset, int64_t count) {
+    const Vec x = Vec::loadu(row + i + offset, count) * scales;
+    best[0] = at::vec::clamp_min(count == width ? x : Vec::set(lowest, x, count), best[0]);
   });
-  return at::vec::vec_reduce_all<T>([](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, best);
+  const Vec most = at::vec::maximum(at::vec::maximum(best[0], best[1]), at::vec::maximum(best[2], best[3]));
+  return at::vec::vec_reduce_all<T>([](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, most);
 }
 
 // exp(x) to 1 ulp for any x that no sum can overflow with: -inf and what lies below the denormals give 0, NaN stays NaN.
