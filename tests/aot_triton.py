@@ -78,7 +78,7 @@ def attention_calls(dtype: torch.dtype, width: int, groups: int, shared: bool) -
     lse = new(batch, heads, joints, dtype=torch.float32)
     attention = new(batch, num_patches, heads * joints).transpose(1, 2).unflatten(1, (heads, joints))
     return {
-        "attend_patches.forward": lambda: attend_patches.forward(query, key, value, scale, True),
+        "attend_patches.forward": lambda: attend_patches.forward(query, key, value, scale, True, True),
         "attend_patches.backward": lambda: attend_patches.backward(
             rows, importance, attention, query, key, value, rows, lse, scale, True
         ),

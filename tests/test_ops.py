@@ -1,6 +1,7 @@
 """One suite for all ops: every case × backend × dtype against the float64 reference, and the shared promises."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -152,19 +153,43 @@ def test_a_sample_does_not_depend_on_its_batch(op, backend):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_cpu_result_does_not_depend_on_threads(op):
-    inputs = make_inputs(op, Case("threads", B=1, H=8, P=700, E=64, F=64, D=64, K=210), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [48, 64])
+def test_cpu_result_does_not_depend_on_threads(op, dtype, width):
+    case = Case("threads", B=1, H=8, P=700, E=width, F=width, D=width, K=210, need_attention=True)
+    inputs = make_inputs(op, case, dtype)
     require(op, "cpu", inputs)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(run(op, differentiable(inputs, torch.float32), "cpu"))
+            results.append(run(op, differentiable(inputs, dtype), "cpu"))
     finally:
         torch.set_num_threads(threads)
     for first, second in zip(*results, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_concurrent_callers_get_what_a_serial_run_gets():
+    jobs = []
+    for seed in range(2):
+        for op in ("attend_patches", "pose_guided_attention"):
+            case = Case("concurrent", B=3, H=8, P=450 + 100 * seed, E=48, F=48, D=48, value_is_key=True)
+            jobs += [(op, make_inputs(op, case, dtype, seed=seed)) for dtype in (torch.float32, torch.bfloat16)]
+    require("attend_patches", "cpu", jobs[0][1])
+
+    def results(first):
+        order = jobs[first:] + jobs[:first]  # every caller starts elsewhere, so that different calls overlap
+        pairs = [run(op, differentiable(inputs, inputs["query"].dtype), "cpu") for op, inputs in order]
+        return pairs[len(jobs) - first :] + pairs[: len(jobs) - first]
+
+    expected = results(0)
+    with ThreadPoolExecutor(4) as pool:
+        for actual in pool.map(results, range(4)):
+            for one, other in zip(actual, expected, strict=True):
+                for mine, theirs in zip(one, other, strict=True):
+                    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("op", OPS)

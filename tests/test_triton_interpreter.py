@@ -77,7 +77,7 @@ def test_all_infinite_logits_of_one_tile_do_not_spoil_the_row(poisoned):
     key[:, :, :70, 0] = -torch.inf  # more than two float32 tiles of -inf logits, then finite ones
     value = torch.ones(1, 1, 100, 16, device=DEVICE)
     query = torch.ones(1, 1, 3, 16, device=DEVICE)
-    context, importance, _, lse = kernels("attend_patches").forward(query, key, value, 0.25, False)
+    context, importance, _, lse = kernels("attend_patches").forward(query, key, value, 0.25, False, True)
     assert torch.equal(importance[:, :70], torch.zeros(1, 70, device=DEVICE))
     torch.testing.assert_close(context, torch.ones_like(context))
     expected = torch.logsumexp(0.25 * key[0, 0].double().sum(-1), 0).float()
@@ -89,7 +89,7 @@ def test_nan_logit_spoils_its_row_only(poisoned):
     query = torch.randn(1, 1, 3, 16, generator=generator).to(DEVICE)
     query[0, 0, 1, 4] = torch.nan
     key = torch.randn(1, 1, 50, 16, generator=generator).to(DEVICE)
-    context, importance, _, _ = kernels("attend_patches").forward(query, key, None, 0.25, False)
+    context, importance, _, _ = kernels("attend_patches").forward(query, key, None, 0.25, False, True)
     assert context[0, 0].isnan().all(1).tolist() == [False, True, False]
     assert not context[0, 0, [0, 2]].isnan().any()
     assert importance.isnan().all()
