@@ -62,7 +62,13 @@ class FactoredLayer(PoseGuidedLayer):
         memory = attention.memory(patches, "factored")
         query = memory.rows(attention.query(joints, memory.fold))
         result = ops.attend_patches(
-            query, memory.key, memory.value, scale=attention.scale, need_attention=True, backend=self.backend
+            query,
+            memory.key,
+            memory.value,
+            scale=attention.scale,
+            need_attention=True,
+            need_importance=False,
+            backend=self.backend,
         )
         assert result.attention is not None
         return answer(attention, memory, result.context), patches.updated(result.attention, self._pose_rows(joints))
@@ -105,10 +111,17 @@ class FactoredImageSide(nn.Module):
 
     def attend(
         self, attention: PatchAttention, joints: Tensor, patches: FactoredPatches, need_importance: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         memory = attention.memory(patches, "factored")
         query = memory.rows(attention.query(joints, memory.fold))
-        result = ops.attend_patches(query, memory.key, memory.value, scale=attention.scale, backend=self.backend)
+        result = ops.attend_patches(
+            query,
+            memory.key,
+            memory.value,
+            scale=attention.scale,
+            need_importance=need_importance,
+            backend=self.backend,
+        )
         return answer(attention, memory, result.context), result.importance
 
 

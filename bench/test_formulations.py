@@ -46,8 +46,8 @@ class Attention(TransformerLayer):
         )
         attention, memory = self.patch_attention, self.patch_attention.memory(*self.choose(joints, patches))
         query = memory.rows(attention.query(joints, memory.fold))
-        context = memory.contexts(attend_patches(query, memory.key, memory.value, scale=attention.scale).context)
-        return (attention.output(context, memory.unfold, memory.value_bias),)
+        result = attend_patches(query, memory.key, memory.value, scale=attention.scale, need_importance=False)
+        return (attention.output(memory.contexts(result.context), memory.unfold, memory.value_bias),)
 
 
 def workload(setting: Setting, origin: str) -> Workload:

@@ -62,7 +62,9 @@ class PoseGuidedLayer(JointSide):
         """What joints gather, [B, H, J, N], and the patches after they received `rows` [B, H, J, D]."""
         query, scale = memory.rows(query), self.patch_attention.scale
         if isinstance(patches, FactoredPatches):
-            gathered = attend_patches(query, memory.key, memory.value, scale=scale, need_attention=True)
+            gathered = attend_patches(
+                query, memory.key, memory.value, scale=scale, need_attention=True, need_importance=False
+            )
             assert gathered.attention is not None
             return gathered.context, patches.updated(gathered.attention, rows)
         tokens = memory.key if memory.key is memory.value else patches

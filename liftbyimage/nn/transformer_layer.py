@@ -55,9 +55,15 @@ class TransformerLayer(JointSide):
         self.check_tokens(joints, patches)
         memory = self.patch_attention.memory(*self.choose(joints, patches))
         joints, query = self.ask(joints, memory.fold)
-        result = attend_patches(memory.rows(query), memory.key, memory.value, scale=self.patch_attention.scale)
+        result = attend_patches(
+            memory.rows(query),
+            memory.key,
+            memory.value,
+            scale=self.patch_attention.scale,
+            need_importance=need_importance,
+        )
         joints = self.digest(joints, memory.contexts(result.context), memory.unfold, memory.value_bias)
-        return (joints, result.importance) if need_importance else joints
+        return joints if result.importance is None else (joints, result.importance)
 
     def load_decoder_layer(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take the weights of a `torch.nn.TransformerDecoderLayer` of the same sizes, strictly."""
