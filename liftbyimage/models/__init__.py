@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from liftbyimage.models.folding import fold_batch_norm
 from liftbyimage.models.heatmaps import decode_heatmaps, flip_average
 from liftbyimage.models.hrnet import HRNet, hrnet_w32, hrnet_w48
 from liftbyimage.models.lift_by_image import LiftByImage, LiftByImageConfig, LiftedPose
+from liftbyimage.models.optimize import OptimizationReport
 from liftbyimage.models.pipeline import Pipeline
 from liftbyimage.models.pose_only import PoseOnlyLifter
 from liftbyimage.models.tiny_encoder import TinyEncoder
@@ -19,6 +21,7 @@ __all__ = [
     "LiftByImage",
     "LiftByImageConfig",
     "LiftedPose",
+    "OptimizationReport",
     "Pipeline",
     "PoseOnlyLifter",
     "TinyEncoder",
@@ -26,6 +29,7 @@ __all__ = [
     "build_encoder",
     "decode_heatmaps",
     "flip_average",
+    "fold_batch_norm",
     "hrnet_w32",
     "hrnet_w48",
 ]

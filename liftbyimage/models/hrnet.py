@@ -195,7 +195,10 @@ class HRNet(nn.Module):
         if "branches" in taps:
             outputs["branches"] = branches
         if "final" in taps or "heatmaps" in taps:
-            final = self.stage4[1:](self.stage4[0].fuse(branches))[0]
+            maps = self.stage4[0].fuse(branches)
+            for module in self.stage4[1:]:
+                maps = module(maps)
+            final = maps[0]
             if "final" in taps:
                 outputs["final"] = final
             if "heatmaps" in taps:
