@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ def count_flops(step: Step, call: Call) -> int:
     cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {cpu_attention: _attention_flops, cpu_attention_backward: _attention_backward_flops}
+    formulas[torch.ops.mkldnn._convolution_pointwise] = _packed_convolution_flops
     # The counter's hooks refuse leaves as inputs of a module inside torch.autograd.grad.
     no_leaves = Call(tuple(tensor.clone() for tensor in call.inputs), call.cotangents)
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -47,6 +49,12 @@ def _attention_backward_flops(
     # scores again, dV = Aᵀ dO, dA = dO Vᵀ, dQ = dS K, dK = dSᵀ Q
     batch, heads, rows, width = query
     return int(2 * batch * heads * rows * key[2] * (3 * width + 2 * value[3]))
+
+
+def _packed_convolution_flops(x: Any, first: Any, second: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # What follows x is weight and bias, or residual and weight.
+    weight = second if second is not None and len(second) == 4 else first
+    return int(2 * math.prod(out_shape) * math.prod(weight[1:]))
 
 
 def peak_memory(step: Step, call: Call) -> int:

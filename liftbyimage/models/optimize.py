@@ -103,6 +103,20 @@ class _ChannelsLast(nn.Module):
         return self.network(images.contiguous(memory_format=torch.channels_last))
 
 
+class _Compiled(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = torch.compile(network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        from torch._inductor import config  # slow to import, and of use only here
+
+        # Frozen weights become constants laid out for oneDNN. As an option of torch.compile it does not reach the
+        # tracing of the weights, and every new size compiles again.
+        with config.patch(freezing=True):
+            return self.network(images)
+
+
 @torch.no_grad()
 def optimize_encoder(
     encoder: nn.Module, images: Tensor, *, dtype: torch.dtype | None = None, compile: bool = False
@@ -174,8 +188,7 @@ def _build(
         else:
             refused[f"folded, packed{suffix}"] = reason
         if compile:
-            compiled = torch.compile(channels_last, options={"freezing": True})
-            networks[f"folded, channels-last, compiled{suffix}"] = (compiled, dtype)
+            networks[f"folded, channels-last, compiled{suffix}"] = (_Compiled(channels_last), dtype)
     return networks, refused
 
 
