@@ -1,4 +1,3 @@
-#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -40,12 +39,15 @@ Tensor4 attend_patches_forward(const at::Tensor& query_in, const at::Tensor& key
   const at::Tensor lse = at::empty({shape.batch, shape.heads, shape.joints}, statistics);
   const at::Tensor attention = empty_attention(shape, options, need_attention);
 
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "attend_patches_forward", [&] {
-    using T = at::opmath_type<scalar_t>;
-    const Attention<T> kernel(shape, static_cast<T>(scale));
+  dispatch_types(query.scalar_type(), [&](auto element, auto operand) {
+    using scalar_t = decltype(element);
+    using S = decltype(operand);
+    using T = at::opmath_type<S>;
+    const Attention<S> kernel(shape, static_cast<T>(scale));
     for_samples(shape.batch, [&](int64_t b) {
-      const SampleInput<scalar_t, T> q(query, b), k(key, b), v(value, b);
-      const SampleOutput<scalar_t, T> out_context(context, b), out_attention(attention, b);
+      const SampleInput<scalar_t, S> q(query, b), k(key, b), v(value, b);
+      const SampleOutput<scalar_t, T> out_context(context, b);
+      const SampleOutput<scalar_t, S> out_attention(attention, b);
       const SampleOutput<T, T> out_importance(importance, b), out_lse(lse, b);
       kernel.forward({q.data(), k.data(), v.data() ? v.data() : k.data(), nullptr, nullptr},
                      {out_context.data(), out_importance.data(), out_lse.data(), nullptr, out_attention.data()});
@@ -74,12 +76,14 @@ Tensor3 attend_patches_backward(const OptionalTensor& grad_context_in, const Opt
   const at::Tensor grad_query = at::empty(query.sizes(), query.options());
   const auto [grad_key, grad_value] = empty_token_gradients(key, value, need_token_grads);
 
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "attend_patches_backward", [&] {
-    using T = at::opmath_type<scalar_t>;
-    const Attention<T> kernel(shape, static_cast<T>(scale));
+  dispatch_types(query.scalar_type(), [&](auto element, auto operand) {
+    using scalar_t = decltype(element);
+    using S = decltype(operand);
+    using T = at::opmath_type<S>;
+    const Attention<S> kernel(shape, static_cast<T>(scale));
     for_samples(shape.batch, [&](int64_t b) {
-      const SampleInput<scalar_t, T> q(query, b), k(key, b), v(value, b);
-      const SampleInput<scalar_t, T> dcontext(grad_context, b), dattention(grad_attention, b);
+      const SampleInput<scalar_t, S> q(query, b), k(key, b), v(value, b);
+      const SampleInput<scalar_t, S> dcontext(grad_context, b), dattention(grad_attention, b);
       const SampleInput<T, T> dimportance(grad_importance, b);
       const SampleOutput<scalar_t, T> dquery(grad_query, b), dkey(grad_key, b), dvalue(grad_value, b);
       kernel.backward({q.data(), k.data(), v.data() ? v.data() : k.data(), nullptr,

@@ -1,10 +1,11 @@
 #include "attention.h"
 
 #include <cmath>
-#include <cstring>
+#include <type_traits>
 #include <limits>
 
 #include "gemm.h"
+#include "gemm_bf16.h"
 #include "parallel.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -18,6 +19,46 @@ constexpr auto transposed = Transpose::yes;
 
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
+
+// C = op(A) · op(B), or added to C; scores are T and round to bfloat16 only here, as the operand of a product.
+template <typename A, typename S, typename T>
+void multiply(Transpose transpose_a, Transpose transpose_b, int64_t m, int64_t n, int64_t k, const A* a, int64_t lda,
+              const S* b, int64_t ldb, bool add, T* c, int64_t ldc) {
+  if constexpr (std::is_same_v<S, c10::BFloat16>) {
+    gemm_bf16(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, add, c, ldc);
+  } else {
+    gemm(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, add, c, ldc);
+  }
+}
+
+// target [n, m] = source [m, n] transposed; what lies close together is what is converted.
+template <typename S, typename T>
+void transpose_rounded(const T* source, int64_t source_stride, int64_t m, int64_t n, S* target,
+                       int64_t target_stride) {
+  if constexpr (std::is_same_v<S, T>) {
+    transpose(source, source_stride, m, n, target, target_stride);
+  } else {
+    const Buffer<S> rounded = uninitialized<S>(m * n);
+    for (int64_t i = 0; i < m; ++i) {
+      at::vec::convert(source + i * source_stride, rounded.get() + i * n, n);
+    }
+    transpose(rounded.get(), n, m, n, target, target_stride);
+  }
+}
+
+template <typename S, typename T>
+void transpose_widened(const S* source, int64_t source_stride, int64_t m, int64_t n, T* target,
+                       int64_t target_stride) {
+  if constexpr (std::is_same_v<S, T>) {
+    transpose(source, source_stride, m, n, target, target_stride);
+  } else {
+    const Buffer<S> turned = uninitialized<S>(n * m);
+    transpose(source, source_stride, m, n, turned.get(), m);
+    for (int64_t i = 0; i < n; ++i) {
+      at::vec::convert(turned.get() + i * m, target + i * target_stride, m);
+    }
+  }
+}
 
 // target [rows, width] = factor(t, row) · partial_t [rows, width], summed over tiles in order.
 template <typename T, typename Factor>
@@ -66,9 +107,11 @@ class TiledSoftmax {
   Buffer<T> max_, weight_;  // [tiles, rows]
 };
 
-template <typename T>
+template <typename S>
 class ForwardBlock {
  public:
+  using T = at::opmath_type<S>;
+
   ForwardBlock(const AttentionShape& shape, T scale, int64_t rows, bool spreads)
       : shape_(shape),
         scale_(scale),
@@ -78,7 +121,7 @@ class ForwardBlock {
         context_(uninitialized<T>(tiles_ * rows * shape.value_width)),
         softmax_(tiles_, rows) {}
 
-  void run(const ForwardInputs<T>& in, const ForwardOutputs<T>& out, RowBlock block) {
+  void run(const ForwardInputs<S>& in, const ForwardOutputs<S>& out, RowBlock block) {
     block_ = block;
     parallel_tasks(tiles_, 1, [&](int64_t t) { gather(in, tile_at(shape_, t)); });
     parallel_tasks(block.rows, row_grain, [&](int64_t row) { finish_row(out, row); });
@@ -91,23 +134,23 @@ class ForwardBlock {
   T* scores(const Tile& tile) { return scores_.get() + block_.rows * tile.first; }  // [rows, n]
 
   // Scores of a tile, its softmax against the tile's own maximum, and its share of the context.
-  void gather(const ForwardInputs<T>& in, const Tile& tile) {
+  void gather(const ForwardInputs<S>& in, const Tile& tile) {
     const int64_t n = tile.size, E = shape_.key_width, F = shape_.value_width;
     const Buffer<T> passing = uninitialized<T>(spreads_ ? 0 : block_.rows * n);
     T* s = spreads_ ? scores(tile) : passing.get();                                     // [rows, n]
     T* context = context_.get() + tile.index * block_.rows * F;                         // [rows, F]
     for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t rows) {
-      const T* key = in.key + (group * shape_.patches + tile.first) * E;                // [n, E]
-      const T* value = in.value + (group * shape_.patches + tile.first) * F;            // [n, F]
-      gemm<T>(plain, transposed, rows, n, E, in.query + (block_.first + row) * E, E, key, E, 0, s + row * n, n);
+      const S* key = in.key + (group * shape_.patches + tile.first) * E;                // [n, E]
+      const S* value = in.value + (group * shape_.patches + tile.first) * F;            // [n, F]
+      multiply(plain, transposed, rows, n, E, in.query + (block_.first + row) * E, E, key, E, false, s + row * n, n);
       for (int64_t r = row; r < row + rows; ++r) {
         softmax_.exponentiate(tile.index, r, s + r * n, n, scale_);
       }
-      gemm<T>(plain, plain, rows, F, n, s + row * n, n, value, F, 0, context + row * F, F);
+      multiply(plain, plain, rows, F, n, s + row * n, n, value, F, false, context + row * F, F);
     });
   }
 
-  void finish_row(const ForwardOutputs<T>& out, int64_t row) {
+  void finish_row(const ForwardOutputs<S>& out, int64_t row) {
     const int64_t F = shape_.value_width;
     out.lse[block_.first + row] = softmax_.finish_row(row);
     sum_partials_row<T>(context_.get(), tiles_, block_.rows, F, row,
@@ -115,7 +158,7 @@ class ForwardBlock {
   }
 
   // What each patch receives: importance, its attention column, and the pose values.
-  void spread(const ForwardInputs<T>& in, const ForwardOutputs<T>& out, const Tile& tile) {
+  void spread(const ForwardInputs<S>& in, const ForwardOutputs<S>& out, const Tile& tile) {
     constexpr int64_t strip = 16;  // rows that are summed in a register before they join the running mean
     for (int64_t row = 0; row < block_.rows; row += strip) {
       normalize(out, tile, {row, std::min(strip, block_.rows - row)});
@@ -126,7 +169,7 @@ class ForwardBlock {
   }
 
   // Rows of a tile: scores become attention where a later step reads them; importance and attention go out.
-  void normalize(const ForwardOutputs<T>& out, const Tile& tile, RowBlock strip) {
+  void normalize(const ForwardOutputs<S>& out, const Tile& tile, RowBlock strip) {
     const int64_t n = tile.size, R = shape_.rows();
     const bool store = out.attention != nullptr || out.patches != nullptr;
     const bool starts = block_.first + strip.first == 0;
@@ -149,17 +192,17 @@ class ForwardBlock {
       }
     });
     if (out.attention != nullptr) {
-      transpose(a, n, strip.rows, n, out.attention + tile.first * R + block_.first + strip.first, R);
+      transpose_rounded(a, n, strip.rows, n, out.attention + tile.first * R + block_.first + strip.first, R);
     }
   }
 
-  void update_patches(const ForwardInputs<T>& in, const ForwardOutputs<T>& out, const Tile& tile) {
+  void update_patches(const ForwardInputs<S>& in, const ForwardOutputs<S>& out, const Tile& tile) {
     const int64_t n = tile.size, D = shape_.model_width;
     T* target = out.patches + tile.first * D;  // [n, D]
     if (block_.first == 0) {
-      std::memcpy(target, in.patches + tile.first * D, n * D * sizeof(T));
+      at::vec::convert(in.patches + tile.first * D, target, n * D);
     }
-    gemm<T>(transposed, plain, n, D, block_.rows, scores(tile), n, in.pose_value + block_.first * D, D, 1, target, D);
+    multiply(transposed, plain, n, D, block_.rows, scores(tile), n, in.pose_value + block_.first * D, D, true, target, D);
   }
 
   const AttentionShape& shape_;
@@ -174,9 +217,11 @@ class ForwardBlock {
 
 // dA = dO Vᵀ + U dXᵀ + g/R + dAttention;  dS = scale · A ∘ (dA − δ), δ = rowsum(A ∘ dA);
 // dQ = dS K;  dK = dSᵀ Q;  dV = Aᵀ dO;  dU = A dX.
-template <typename T>
+template <typename S>
 class BackwardBlock {
  public:
+  using T = at::opmath_type<S>;
+
   BackwardBlock(const AttentionShape& shape, T scale, int64_t rows)
       : shape_(shape),
         scale_(scale),
@@ -187,7 +232,7 @@ class BackwardBlock {
         softmax_(tiles_, rows),
         delta_(uninitialized<T>(tiles_ * rows)) {}
 
-  void run(const BackwardInputs<T>& in, const BackwardOutputs<T>& out, RowBlock block) {
+  void run(const BackwardInputs<S>& in, const BackwardOutputs<T>& out, RowBlock block) {
     block_ = block;
     parallel_tasks(tiles_, 1, [&](int64_t t) { recompute(in, tile_at(shape_, t)); });
     parallel_tasks(block.rows, row_grain, [&](int64_t row) { finish_row(in, out, row); });
@@ -204,13 +249,13 @@ class BackwardBlock {
   T* grad(const Tile& tile) { return grad_.get() + block_.rows * tile.first; }            // [rows, n]
 
   // A and dA of a tile, A against the tile's own maximum, and the tile's shares of δ and dU.
-  void recompute(const BackwardInputs<T>& in, const Tile& tile) {
+  void recompute(const BackwardInputs<S>& in, const Tile& tile) {
     const int64_t n = tile.size, D = shape_.model_width, rows = block_.rows;
     T* a = attention(tile);
     for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t group_rows) {
       const int64_t E = shape_.key_width;
-      const T* key = in.key + (group * shape_.patches + tile.first) * E;  // [n, E]
-      gemm<T>(plain, transposed, group_rows, n, E, in.query + (block_.first + row) * E, E, key, E, 0, a + row * n, n);
+      const S* key = in.key + (group * shape_.patches + tile.first) * E;  // [n, E]
+      multiply(plain, transposed, group_rows, n, E, in.query + (block_.first + row) * E, E, key, E, false, a + row * n, n);
     });
     attention_gradient(in, tile);
     for (int64_t r = 0; r < rows; ++r) {
@@ -218,40 +263,40 @@ class BackwardBlock {
     }
     if (in.grad_patches != nullptr) {
       T* grad_pose_value = partial_.get() + tile.index * rows * D;  // [rows, D]
-      gemm<T>(plain, plain, rows, D, n, a, n, in.grad_patches + tile.first * D, D, 0, grad_pose_value, D);
+      multiply(plain, plain, rows, D, n, a, n, in.grad_patches + tile.first * D, D, false, grad_pose_value, D);
     }
   }
 
   // dA of a tile, without the importance term.
-  void attention_gradient(const BackwardInputs<T>& in, const Tile& tile) {
+  void attention_gradient(const BackwardInputs<S>& in, const Tile& tile) {
     const int64_t n = tile.size, D = shape_.model_width, rows = block_.rows;
     T* d = grad(tile);
-    T add = 0;
+    bool add = false;
     if (in.grad_attention != nullptr) {
-      const T* columns = in.grad_attention + tile.first * shape_.rows() + block_.first;  // [n, R]
-      transpose(columns, shape_.rows(), n, rows, d, n);
-      add = 1;
+      const S* columns = in.grad_attention + tile.first * shape_.rows() + block_.first;  // [n, R]
+      transpose_widened(columns, shape_.rows(), n, rows, d, n);
+      add = true;
     }
     if (in.grad_context != nullptr) {
       for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t group_rows) {
         const int64_t F = shape_.value_width;
-        const T* value = in.value + (group * shape_.patches + tile.first) * F;  // [n, F]
-        gemm<T>(plain, transposed, group_rows, n, F, in.grad_context + (block_.first + row) * F, F, value, F, add,
+        const S* value = in.value + (group * shape_.patches + tile.first) * F;  // [n, F]
+        multiply(plain, transposed, group_rows, n, F, in.grad_context + (block_.first + row) * F, F, value, F, add,
                 d + row * n, n);
       });
-      add = 1;
+      add = true;
     }
     if (in.grad_patches != nullptr) {
-      gemm<T>(plain, transposed, rows, n, D, in.pose_value + block_.first * D, D, in.grad_patches + tile.first * D, D,
+      multiply(plain, transposed, rows, n, D, in.pose_value + block_.first * D, D, in.grad_patches + tile.first * D, D,
               add, d, n);
-      add = 1;
+      add = true;
     }
-    if (add == 0) {
+    if (!add) {
       std::fill_n(d, rows * n, T(0));
     }
   }
 
-  void row_statistics(const BackwardInputs<T>& in, const Tile& tile, int64_t row) {
+  void row_statistics(const BackwardInputs<S>& in, const Tile& tile, int64_t row) {
     const int64_t n = tile.size;
     T* a = attention(tile) + row * n;
     T* d = grad(tile) + row * n;
@@ -271,7 +316,7 @@ class BackwardBlock {
 
   // Leaves δ of the row in delta_[row]. The softmax is normalised anew rather than by the saved log-sum-exp,
   // whose rounding alone is 5e-4 at logits of 1e4.
-  void finish_row(const BackwardInputs<T>& in, const BackwardOutputs<T>& out, int64_t row) {
+  void finish_row(const BackwardInputs<S>& in, const BackwardOutputs<T>& out, int64_t row) {
     softmax_.finish_row(row);
     T delta = 0;
     for (int64_t t = 0; t < tiles_; ++t) {
@@ -291,7 +336,7 @@ class BackwardBlock {
     }
   }
 
-  void token_gradients(const BackwardInputs<T>& in, const BackwardOutputs<T>& out, const Tile& tile) {
+  void token_gradients(const BackwardInputs<S>& in, const BackwardOutputs<T>& out, const Tile& tile) {
     const int64_t n = tile.size, E = shape_.key_width, F = shape_.value_width;
     T* a = attention(tile);                                           // [rows, n]
     T* d = grad(tile);                                                // [rows, n]
@@ -301,22 +346,22 @@ class BackwardBlock {
     }
     for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t rows) {
       const int64_t first_token = group * shape_.patches + tile.first;
-      gemm<T>(plain, plain, rows, E, n, d + row * n, n, in.key + first_token * E, E, 0, grad_query + row * E, E);
+      multiply(plain, plain, rows, E, n, d + row * n, n, in.key + first_token * E, E, false, grad_query + row * E, E);
       if (out.grad_key == nullptr) {
         return;
       }
       const bool starts_group = (block_.first + row) % shape_.group_rows() == 0;
       T* grad_key = out.grad_key + first_token * E;        // [n, E]
       T* grad_value = out.grad_value + first_token * F;    // [n, F]
-      T add = starts_group ? T(0) : T(1);
+      bool add = !starts_group;
       if (starts_group && out.patches_is_key && in.grad_patches != nullptr) {
-        std::memcpy(grad_key, in.grad_patches + tile.first * E, n * E * sizeof(T));
-        add = 1;
+        at::vec::convert(in.grad_patches + tile.first * E, grad_key, n * E);
+        add = true;
       }
-      gemm<T>(transposed, plain, n, E, rows, d + row * n, n, in.query + (block_.first + row) * E, E, add, grad_key, E);
+      multiply(transposed, plain, n, E, rows, d + row * n, n, in.query + (block_.first + row) * E, E, add, grad_key, E);
       if (in.grad_context != nullptr) {
-        add = starts_group && grad_value != grad_key ? T(0) : T(1);
-        gemm<T>(transposed, plain, n, F, rows, a + row * n, n, in.grad_context + (block_.first + row) * F, F, add,
+        add = !starts_group || grad_value == grad_key;
+        multiply(transposed, plain, n, F, rows, a + row * n, n, in.grad_context + (block_.first + row) * F, F, add,
                 grad_value, F);
       } else if (starts_group && grad_value != grad_key) {
         std::fill_n(grad_value, n * F, T(0));
@@ -348,23 +393,24 @@ class BackwardBlock {
 
 }  // namespace
 
-template <typename T>
-void Attention<T>::forward(const ForwardInputs<T>& in, const ForwardOutputs<T>& out) const {
+template <typename S>
+void Attention<S>::forward(const ForwardInputs<S>& in, const ForwardOutputs<S>& out) const {
   const bool spreads = out.importance != nullptr || out.attention != nullptr || out.patches != nullptr;
   const int64_t row_size = spreads ? shape_.patches : tile_count(shape_) * shape_.value_width;
   const int64_t rows = rows_per_block(shape_, row_size * sizeof(T));
-  ForwardBlock<T> scratch(shape_, scale_, rows, spreads);
+  ForwardBlock<S> scratch(shape_, scale_, rows, spreads);
   for_each_block(shape_, rows, [&](const RowBlock& block) { scratch.run(in, out, block); });
 }
 
-template <typename T>
-void Attention<T>::backward(const BackwardInputs<T>& in, const BackwardOutputs<T>& out) const {
+template <typename S>
+void Attention<S>::backward(const BackwardInputs<S>& in, const BackwardOutputs<T>& out) const {
   const int64_t rows = rows_per_block(shape_, 2 * shape_.patches * sizeof(T));
-  BackwardBlock<T> scratch(shape_, scale_, rows);
+  BackwardBlock<S> scratch(shape_, scale_, rows);
   for_each_block(shape_, rows, [&](const RowBlock& block) { scratch.run(in, out, block); });
 }
 
 template class Attention<float>;
 template class Attention<double>;
+template class Attention<c10::BFloat16>;
 
 }  // namespace liftbyimage::cpu

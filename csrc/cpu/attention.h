@@ -1,13 +1,16 @@
 #pragma once
 
+#include <ATen/OpMathType.h>
+
 #include <cstdint>
 
 // One attention A = softmax(Q Kᵀ) over patches, per sample, in tiles that stay in cache; the two ops share it.
 //
 // Symbols: R query rows, Hk key/value heads ("groups"), rows of group g are [g·R/Hk, (g+1)·R/Hk), P patches,
-// E key width, F value width, D model width. Arithmetic is float or double; A is never stored whole: rows are
-// taken in blocks whose scores fit a cache budget. Tiles and the order of every sum depend on the shape only, so a
-// sample's result is the same bits for any number of threads and any batch.
+// E key width, F value width, D model width. S is the type of what enters products (float, double, or bfloat16 where
+// the processor multiplies it), T that of every sum and of the softmax (float or double). A is never stored whole:
+// rows are taken in blocks whose scores fit a cache budget. Tiles and the order of every sum depend on the shape only,
+// so a sample's result is the same bits for any number of threads and any batch.
 namespace liftbyimage::cpu {
 
 struct AttentionShape {
@@ -17,35 +20,39 @@ struct AttentionShape {
   int64_t group_rows() const { return rows() / groups; }
 };
 
-template <typename T>
+template <typename S>
 struct ForwardInputs {
-  const T* query;       // [R, E]
-  const T* key;         // [Hk, P, E]
-  const T* value;       // [Hk, P, F]
-  const T* pose_value;  // [R, D], null: patches are not updated
-  const T* patches;     // [P, D]
+  const S* query;       // [R, E]
+  const S* key;         // [Hk, P, E]
+  const S* value;       // [Hk, P, F]
+  const S* pose_value;  // [R, D], null: patches are not updated
+  const S* patches;     // [P, D]
 };
 
-template <typename T>
+template <typename S>
 struct ForwardOutputs {
+  using T = at::opmath_type<S>;
+
   T* context;     // [R, F]
   T* importance;  // [P], null: not wanted
   T* lse;         // [R]
   T* patches;     // [P, D], null with pose_value
-  T* attention;   // [P, R], null: not wanted
+  S* attention;   // [P, R], null: not wanted
 };
 
 // Null gradients count as zero.
-template <typename T>
+template <typename S>
 struct BackwardInputs {
-  const T* query;            // [R, E]
-  const T* key;              // [Hk, P, E]
-  const T* value;            // [Hk, P, F]
-  const T* pose_value;       // [R, D]
-  const T* grad_context;     // [R, F]
-  const T* grad_patches;     // [P, D]
+  using T = at::opmath_type<S>;
+
+  const S* query;            // [R, E]
+  const S* key;              // [Hk, P, E]
+  const S* value;            // [Hk, P, F]
+  const S* pose_value;       // [R, D]
+  const S* grad_context;     // [R, F]
+  const S* grad_patches;     // [P, D]
   const T* grad_importance;  // [P]
-  const T* grad_attention;   // [P, R]
+  const S* grad_attention;   // [P, R]
 };
 
 template <typename T>
@@ -57,13 +64,15 @@ struct BackwardOutputs {
   bool patches_is_key;
 };
 
-template <typename T>
+template <typename S>
 class Attention {
  public:
+  using T = at::opmath_type<S>;
+
   Attention(const AttentionShape& shape, T scale) : shape_(shape), scale_(scale) {}
 
-  void forward(const ForwardInputs<T>& in, const ForwardOutputs<T>& out) const;
-  void backward(const BackwardInputs<T>& in, const BackwardOutputs<T>& out) const;
+  void forward(const ForwardInputs<S>& in, const ForwardOutputs<S>& out) const;
+  void backward(const BackwardInputs<S>& in, const BackwardOutputs<T>& out) const;
 
  private:
   AttentionShape shape_;

@@ -18,17 +18,17 @@ namespace liftbyimage::cpu {
 
 enum class Transpose : char { no = 'N', yes = 'T' };
 
-// Row major: C [m, n] = op(A) [m, k] · op(B) [k, n] + beta · C, where lda, ldb, ldc are row strides as stored.
-// beta = 0 never reads C.
+// Row major: C [m, n] = op(A) [m, k] · op(B) [k, n], added to C or not, where lda, ldb, ldc are row strides as stored.
+// Without `add` C is never read.
 template <typename T>
 void gemm(Transpose transpose_a, Transpose transpose_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
-          const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
+          const T* b, int64_t ldb, bool add, T* c, int64_t ldc) {
   // A row-major product is the column-major product of the swapped operands.
   const char first = static_cast<char>(transpose_b), second = static_cast<char>(transpose_a);
   const int columns = static_cast<int>(n), rows = static_cast<int>(m), inner = static_cast<int>(k);
   const int first_stride = static_cast<int>(ldb), second_stride = static_cast<int>(lda);
   const int result_stride = static_cast<int>(ldc);
-  const T alpha = 1;
+  const T alpha = 1, beta = add ? 1 : 0;
   if constexpr (sizeof(T) == sizeof(float)) {
     sgemm_(&first, &second, &columns, &rows, &inner, &alpha, b, &first_stride, a, &second_stride, &beta, c,
            &result_stride);

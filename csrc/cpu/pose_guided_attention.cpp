@@ -1,4 +1,3 @@
-#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 
@@ -44,11 +43,13 @@ Tensor4 pose_guided_attention_forward(const at::Tensor& query_in, const at::Tens
   const at::Tensor importance = at::empty({shape.batch, shape.patches}, statistics);
   const at::Tensor lse = at::empty({shape.batch, shape.heads, shape.joints}, statistics);
 
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "pose_guided_attention_forward", [&] {
-    using T = at::opmath_type<scalar_t>;
-    const Attention<T> kernel(shape, static_cast<T>(scale));
+  dispatch_types(query.scalar_type(), [&](auto element, auto operand) {
+    using scalar_t = decltype(element);
+    using S = decltype(operand);
+    using T = at::opmath_type<S>;
+    const Attention<S> kernel(shape, static_cast<T>(scale));
     for_samples(shape.batch, [&](int64_t b) {
-      const SampleInput<scalar_t, T> q(query, b), k(key, b), v(value, b), u(pose_value, b), tokens(patches, b);
+      const SampleInput<scalar_t, S> q(query, b), k(key, b), v(value, b), u(pose_value, b), tokens(patches, b);
       const SampleOutput<scalar_t, T> out_context(context, b), out_patches(patches_out, b);
       const SampleOutput<T, T> out_importance(importance, b), out_lse(lse, b);
       kernel.forward({q.data(), k.data(), v.data() ? v.data() : k.data(), u.data(),
@@ -81,12 +82,14 @@ Tensor4 pose_guided_attention_backward(const OptionalTensor& grad_context_in, co
   const at::Tensor grad_pose_value = at::empty(pose_value.sizes(), query.options());
   const auto [grad_key, grad_value] = empty_token_gradients(key, value, need_token_grads);
 
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "pose_guided_attention_backward", [&] {
-    using T = at::opmath_type<scalar_t>;
-    const Attention<T> kernel(shape, static_cast<T>(scale));
+  dispatch_types(query.scalar_type(), [&](auto element, auto operand) {
+    using scalar_t = decltype(element);
+    using S = decltype(operand);
+    using T = at::opmath_type<S>;
+    const Attention<S> kernel(shape, static_cast<T>(scale));
     for_samples(shape.batch, [&](int64_t b) {
-      const SampleInput<scalar_t, T> q(query, b), k(key, b), v(value, b), u(pose_value, b);
-      const SampleInput<scalar_t, T> dcontext(grad_context, b), dpatches(grad_patches, b);
+      const SampleInput<scalar_t, S> q(query, b), k(key, b), v(value, b), u(pose_value, b);
+      const SampleInput<scalar_t, S> dcontext(grad_context, b), dpatches(grad_patches, b);
       const SampleInput<T, T> dimportance(grad_importance, b);
       const SampleOutput<scalar_t, T> dquery(grad_query, b), dkey(grad_key, b), dvalue(grad_value, b);
       const SampleOutput<scalar_t, T> dpose_value(grad_pose_value, b);

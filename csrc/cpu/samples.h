@@ -1,5 +1,7 @@
 #pragma once
 
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -8,6 +10,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "gemm_bf16.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -87,6 +90,20 @@ class SampleOutput {
   T* data_ = nullptr;
   int64_t size_ = 0;
 };
+
+// f(scalar_t(), S()) for tensors of `dtype`, which enter products as S.
+template <typename F>
+void dispatch_types(at::ScalarType dtype, const F& f) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "attention", [&] {
+    if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+      if (has_bf16_products()) {
+        f(scalar_t(), at::BFloat16());
+        return;
+      }
+    }
+    f(scalar_t(), at::opmath_type<scalar_t>());
+  });
+}
 
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? std::optional(tensor->contiguous()) : std::nullopt;

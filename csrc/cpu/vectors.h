@@ -100,10 +100,10 @@ inline T exp_row(T* row, int64_t size, T scale, T shift) {
   return sum_lanes<T>(total);
 }
 
-// target [n, m] = source [m, n] transposed, in squares that both fit the registers.
+// target [n, m] = source [m, n] transposed, in squares of registers that are full.
 template <typename T>
 inline void transpose(const T* source, int64_t source_stride, int64_t m, int64_t n, T* target, int64_t target_stride) {
-  constexpr int64_t square = 16;
+  constexpr int64_t square = sizeof(T) == 2 ? 32 : 16;
   for (int64_t i = 0; i < m; i += square) {
     for (int64_t j = 0; j < n; j += square) {
       at::vec::transpose_mxn<T>(source + i * source_stride + j, source_stride, target + j * target_stride + i,
