@@ -61,6 +61,7 @@ _ATTENTION_CASES = (
     Case("odd_patches", P=17, J=25, E=48, F=48, value_is_key=True),
     Case("many_patches", B=1, P=3071, E=32, F=32, D=24, value_is_key=True, slow_interpreter=True),
     Case("widths_differ", E=8, F=40, D=24),
+    Case("odd_widths", P=21, E=5, F=3, D=7),
     Case("wide", B=1, H=8, P=130, E=256, F=256, D=256, value_is_key=True, slow_interpreter=True),
     Case("factored_width", H=8, P=70, E=184, F=184, D=64, value_is_key=True, slow_interpreter=True),
     Case("empty_batch", B=0),

@@ -171,6 +171,15 @@ def test_cpu_result_does_not_depend_on_threads(op, dtype, width):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("op", ["attend_patches", "pose_guided_attention"])
+def test_bfloat16_in_float32_where_torch_may_not_use_onednn(op):
+    """The processor's own bfloat16 products are reached through oneDNN; without it the same contract holds."""
+    inputs = make_inputs(op, Case("without", H=8, P=70, value_is_key=True), torch.bfloat16)
+    require(op, "cpu", inputs)
+    with torch.backends.mkldnn.flags(enabled=False):
+        check_against_float64(op, inputs, torch.bfloat16, "cpu")
+
+
 def test_concurrent_callers_get_what_a_serial_run_gets():
     jobs = []
     for seed in range(2):
@@ -391,6 +400,19 @@ def test_more_scores_than_32_bit_indices_reach(backend):
     alone = ops.attend_patches(**convert(inputs, lambda tensor: tensor[-1:]), backend=backend)
     assert torch.equal(whole.context[-1:], alone.context)
     assert torch.equal(whole.importance[-1:], alone.importance)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_patches")])
+@pytest.mark.parametrize("logit", [88.0, 104.0, 200.0, 1e4, 3e38])
+def test_attention_far_below_the_maximum_is_exactly_zero(backend, logit):
+    """Denormals may be kept or dropped; below them nothing may be left, and the maximum takes all."""
+    query = torch.tensor([1.0, -1.0], device=device_of(backend)).reshape(1, 2, 1, 1)
+    key = torch.tensor([logit, 0.0, -logit] * 11, device=device_of(backend)).reshape(1, 1, 33, 1)
+    require("attend_patches", backend, {"query": query, "key": key, "value": key})
+    attention = ops.attend_patches(query, key, key, scale=1.0, need_attention=True, backend=backend).attention
+    expected = torch.tensor([[1, 0, 0] * 11, [0, 0, 1] * 11], device=attention.device) / 11
+    torch.testing.assert_close(attention[0, :, 0], expected, rtol=1e-6, atol=1e-37)
+    assert logit < 104 or torch.equal(attention[0, :, 0] == 0, expected == 0)
 
 
 def test_importance_sums_to_one_and_attention_is_patch_major():
