@@ -21,6 +21,15 @@ TORCH_LIBRARY(liftbyimage, m) {
       " bool need_token_grads, bool patches_is_key) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("prune_patches_forward(Tensor patches, Tensor importance, int keep) -> (Tensor, Tensor)");
   m.def("prune_patches_backward(Tensor grad_kept, Tensor index, int num_patches) -> Tensor");
+  m.def(
+      "joint_queries_forward(Tensor joints, Tensor in_proj_weight, Tensor in_proj_bias, Tensor out_proj_weight,"
+      " Tensor out_proj_bias, Tensor norm_weight, Tensor norm_bias, Tensor query_weight, Tensor query_bias,"
+      " Tensor? fold, int heads, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "update_joints_forward(Tensor joints, Tensor context, Tensor? unfold, Tensor? value_bias,"
+      " Tensor out_proj_weight, Tensor out_proj_bias, Tensor norm1_weight, Tensor norm1_bias, Tensor linear1_weight,"
+      " Tensor linear1_bias, Tensor linear2_weight, Tensor linear2_bias, Tensor norm2_weight, Tensor norm2_bias,"
+      " float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
@@ -30,6 +39,8 @@ TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
   m.impl("pose_guided_attention_backward", &liftbyimage::cpu::pose_guided_attention_backward);
   m.impl("prune_patches_forward", &liftbyimage::cpu::prune_patches_forward);
   m.impl("prune_patches_backward", &liftbyimage::cpu::prune_patches_backward);
+  m.impl("joint_queries_forward", &liftbyimage::cpu::joint_queries_forward);
+  m.impl("update_joints_forward", &liftbyimage::cpu::update_joints_forward);
 }
 
 namespace {

@@ -42,4 +42,20 @@ Tensor2 prune_patches_forward(const at::Tensor& patches, const at::Tensor& impor
 // -> grad_patches [B,P,D]
 at::Tensor prune_patches_backward(const at::Tensor& grad_kept, const at::Tensor& index, int64_t num_patches);
 
+// -> joints_out [B,J,D], queries [B,H,J,W]
+Tensor2 joint_queries_forward(const at::Tensor& joints, const at::Tensor& in_proj_weight,
+                              const at::Tensor& in_proj_bias, const at::Tensor& out_proj_weight,
+                              const at::Tensor& out_proj_bias, const at::Tensor& norm_weight,
+                              const at::Tensor& norm_bias, const at::Tensor& query_weight,
+                              const at::Tensor& query_bias, const OptionalTensor& fold, int64_t heads, double eps);
+
+// -> joints_out [B,J,D]
+at::Tensor update_joints_forward(const at::Tensor& joints, const at::Tensor& context, const OptionalTensor& unfold,
+                                 const OptionalTensor& value_bias, const at::Tensor& out_proj_weight,
+                                 const at::Tensor& out_proj_bias, const at::Tensor& norm1_weight,
+                                 const at::Tensor& norm1_bias, const at::Tensor& linear1_weight,
+                                 const at::Tensor& linear1_bias, const at::Tensor& linear2_weight,
+                                 const at::Tensor& linear2_bias, const at::Tensor& norm2_weight,
+                                 const at::Tensor& norm2_bias, double eps);
+
 }  // namespace liftbyimage::cpu
