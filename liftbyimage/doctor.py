@@ -156,6 +156,8 @@ def _sample_calls(device: str) -> dict[str, tuple[Tensor, ...]]:
         "attend_patches": (query, key, key),
         "pose_guided_attention": (query, key, key, torch.zeros_like(query), rows),
         "prune_patches": (rows, importance),
+        "joint_queries": (rows,),
+        "update_joints": (rows, query),
     }
 
 

@@ -96,6 +96,23 @@ _FACTORED_CASES = tuple(
     )
 )
 
+_JOINT_CASES = (
+    Case("folded", D=32, F=80, E=24),
+    Case("plain_heads", D=32, F=80, shared_head=False),
+    Case("one_joint", J=1, D=32, F=40),
+    Case("five_joints", J=5, D=48, E=33, F=70),
+    Case("head_width_80", H=2, J=19, D=160, E=48, F=50),
+    Case("head_width_3", B=3, H=5, D=15, E=7, F=21),
+    Case("one_head", H=1, D=20, E=130, F=20),
+    Case("many_samples", B=19, H=8, D=64, E=48, F=96),
+    Case("wide", B=1, H=8, D=256, E=256, F=1024),
+    Case("empty_batch", B=0),
+    Case("strided", layout="strided", D=32),
+    Case("strided_plain_heads", layout="strided", shared_head=False),
+    Case("expanded", layout="expanded", B=3),
+    Case("large_logits", magnitude=8.0, D=32),
+)
+
 CASES: dict[str, tuple[Case, ...]] = {
     "attend_patches": (
         *_ATTENTION_CASES,
@@ -124,6 +141,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("strided", layout="strided"),
         Case("expanded", layout="expanded", B=3),
     ),
+    "joint_queries": _JOINT_CASES,
+    "update_joints": _JOINT_CASES,
 }
 
 
@@ -155,6 +174,9 @@ def make_inputs(
             importance = importance.mul(2).round().div(2)
         return {"patches": draw(case.B, case.P, case.D), "importance": importance, "keep": case.K}
 
+    if op in ("joint_queries", "update_joints"):
+        return _joint_inputs(op, case, draw)
+
     key_heads = 1 if case.shared_head else case.H
     key = draw(case.B, key_heads, case.P, case.E)
     if case.ties:
@@ -173,6 +195,54 @@ def make_inputs(
         inputs["need_attention"] = case.need_attention
         inputs["need_importance"] = case.need_importance
     return inputs
+
+
+def _joint_inputs(op: str, case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    """Weights that keep the size of what passes through them; without a shared head nothing is folded (E = D / H)."""
+    dim, hidden, head = case.D, case.F, case.D // case.H
+    width = case.E if case.shared_head else head
+
+    def weight(*shape: int) -> Tensor:
+        values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5  # a batch of one, or "expanded" would make rows equal
+        return values
+
+    joints = draw(case.B, case.J, dim)
+    if op == "joint_queries":
+        return {
+            "joints": joints,
+            "in_proj_weight": weight(3 * dim, dim) * case.magnitude,
+            "in_proj_bias": weight(3 * dim),
+            "out_proj_weight": weight(dim, dim),
+            "out_proj_bias": weight(dim),
+            "norm_weight": 1 + weight(dim),
+            "norm_bias": weight(dim),
+            "query_weight": weight(dim, dim),
+            "query_bias": weight(dim),
+            "fold": weight(case.H, head, width) if case.shared_head else None,
+            "heads": case.H,
+        }
+    return {
+        "joints": joints,
+        "context": draw(case.B, case.H, case.J, width) * case.magnitude,
+        "unfold": weight(case.H, width, head) if case.shared_head else None,
+        "value_bias": weight(dim) if case.shared_head else None,
+        "out_proj_weight": weight(dim, dim),
+        "out_proj_bias": weight(dim),
+        "norm1_weight": 1 + weight(dim),
+        "norm1_bias": weight(dim),
+        "linear1_weight": weight(hidden, dim),
+        "linear1_bias": weight(hidden),
+        "linear2_weight": weight(dim, hidden),
+        "linear2_bias": weight(dim),
+        "norm2_weight": 1 + weight(dim),
+        "norm2_bias": weight(dim),
+    }
+
+
+def named_outputs(result: Any) -> dict[str, Tensor]:
+    """An op's outputs by name; the single output of `update_joints` is its joints."""
+    outputs = {"joints": result} if isinstance(result, Tensor) else result._asdict()
+    return {name: value for name, value in outputs.items() if value is not None}
 
 
 def convert(inputs: Mapping[str, Any], transform: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -195,8 +265,7 @@ def differentiable(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, A
 
 def run(op: str, inputs: Mapping[str, Any], backend: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs by name and, for a fixed seeded cotangent on every differentiable output, gradients by input name."""
-    result = getattr(ops, op)(**inputs, backend=backend)
-    outputs = {name: value for name, value in result._asdict().items() if value is not None}
+    outputs = named_outputs(getattr(ops, op)(**inputs, backend=backend))
     leaves: dict[str, Tensor] = {}
     for name, value in inputs.items():
         taken = any(value is leaf for leaf in leaves.values())

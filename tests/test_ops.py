@@ -8,7 +8,17 @@ import torch
 
 from liftbyimage import ops
 from liftbyimage.ops._explain import OPS, backends_of
-from liftbyimage.testing import CASES, Case, check_against_float64, convert, differentiable, make_inputs, run, spy
+from liftbyimage.testing import (
+    CASES,
+    Case,
+    check_against_float64,
+    convert,
+    differentiable,
+    make_inputs,
+    named_outputs,
+    run,
+    spy,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {
@@ -65,7 +75,11 @@ SMALL = {
     "attend_patches": Case("small", B=2, H=2, J=3, P=5, E=4, F=3, need_attention=True),
     "pose_guided_attention": Case("small", B=2, H=2, J=3, P=5, E=4, F=3, D=6),
     "prune_patches": Case("small", B=2, P=7, D=3, K=4),
+    "joint_queries": Case("small", B=2, H=2, J=3, D=6, E=5),
+    "update_joints": Case("small", B=2, H=2, J=3, D=6, E=5, F=7),
 }
+JOINT_OPS = ("joint_queries", "update_joints")
+PER_SAMPLE = ("joints", "context")  # of their inputs; the others are weights
 
 
 @pytest.mark.parametrize("op, backend", [(op, b) for op in OPS for b in serving(op, floating64=True)])
@@ -95,12 +109,12 @@ def test_only_some_gradients_arrive(op, backend):
     dtype = torch.float32
     inputs = make_inputs(op, SMALL[op], dtype, device_of(backend))
     require(op, backend, inputs)
-    reference = getattr(ops, op)(**differentiable(inputs, torch.float64), backend="reference")
-    for name in (n for n, v in reference._asdict().items() if v is not None and v.requires_grad):
+    reference = named_outputs(getattr(ops, op)(**differentiable(inputs, torch.float64), backend="reference"))
+    for name in (n for n, v in reference.items() if v.requires_grad):
         grads = []
         for dtype_, backend_ in ((torch.float64, "reference"), (dtype, backend)):
             leaves = differentiable(inputs, dtype_)
-            output = getattr(getattr(ops, op)(**leaves, backend=backend_), name)
+            output = named_outputs(getattr(ops, op)(**leaves, backend=backend_))[name]
             weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)
             (output * weights.reshape(output.shape).to(output.dtype)).sum().backward()
             grads.append({n: v.grad for n, v in leaves.items() if isinstance(v, torch.Tensor)})
@@ -118,6 +132,8 @@ def test_only_some_gradients_arrive(op, backend):
 def test_frozen_inputs_get_no_gradient(op, backend, frozen):
     if op == "prune_patches":
         frozen = "patches"
+    if op in JOINT_OPS:
+        frozen = {"query": "joints", "key": "out_proj_weight"}[frozen]
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
     require(op, backend, inputs)
     expected = run(op, differentiable(inputs, torch.float32), backend)[1]
@@ -146,8 +162,11 @@ def test_a_sample_does_not_depend_on_its_batch(op, backend):
     inputs = make_inputs(op, case, torch.float32, device_of(backend))
     require(op, backend, inputs)
     whole, whole_grads = run(op, differentiable(inputs, torch.float32), backend)
-    alone = convert(inputs, lambda tensor: tensor[3:4])
-    result = getattr(ops, op)(**alone, backend=backend)._asdict()
+    batched = {
+        n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and (op not in JOINT_OPS or n in PER_SAMPLE)
+    }
+    alone = inputs | convert(batched, lambda tensor: tensor[3:4])
+    result = named_outputs(getattr(ops, op)(**alone, backend=backend))
     for name, value in whole.items():
         assert torch.equal(value[3:4], result[name]), name
 
@@ -167,7 +186,9 @@ def test_cpu_result_does_not_depend_on_threads(op, dtype, width):
             results.append(run(op, differentiable(inputs, dtype), "cpu"))
     finally:
         torch.set_num_threads(threads)
-    for first, second in zip(*results, strict=True):
+    outputs, gradients = zip(*results, strict=True)
+    # The joint ops' gradients are PyTorch's own, which sums as many partial results as there are threads.
+    for first, second in (outputs,) if op in JOINT_OPS else (outputs, gradients):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -201,8 +222,7 @@ def test_concurrent_callers_get_what_a_serial_run_gets():
                     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("op, backend", [pair for pair in OP_BACKENDS if pair[1] in ("cpu", "triton")])
 def test_opcheck(op, backend):
     import importlib
 
@@ -215,7 +235,11 @@ def test_opcheck(op, backend):
         "attend_patches": [0.5, True, True],
         "pose_guided_attention": [0.5],
         "prune_patches": [inputs.get("keep")],
+        "joint_queries": [inputs.get("fold"), 2, 1e-5],
+        "update_joints": [1e-5],
     }[op]
+    if op == "joint_queries":
+        tensors.pop()  # the fold, which has its own place among the rest
     chosen = module._BY_NAME[backend]
     forward, backward = chosen.forward, chosen.backward
     torch.library.opcheck(forward, (*tensors, *rest), test_utils=tests)
@@ -225,13 +249,18 @@ def test_opcheck(op, backend):
     elif op == "attend_patches":
         grads = [torch.randn_like(output) for output in outputs[:3]]
         arguments = (*grads, *tensors, outputs[0], outputs[3], 0.5, True)
+    elif op == "joint_queries":
+        grads = [torch.randn_like(output) for output in outputs]
+        arguments = (*grads, *tensors, *rest, [True] * 10)
+    elif op == "update_joints":
+        arguments = (torch.randn_like(outputs), *tensors, *rest, [True, False] * 7)
     else:
         grads = [torch.randn_like(output) for output in outputs[:3]]
         arguments = (*grads, *tensors[:4], outputs[0], outputs[3], 0.5, True, False)
     torch.library.opcheck(backward, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op, backend in OP_BACKENDS if backend == "triton"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_compiled_and_triton_ops_have_one_schema(op, direction):
     import importlib
@@ -277,11 +306,12 @@ def test_autocast_casts_inputs(op, backend):
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
     require(op, backend, inputs)
     low = torch.float16 if backend == "triton" and DEVICE == "cpu" else torch.bfloat16
-    with torch.autocast(device_of(backend), dtype=low):
-        result = getattr(ops, op)(**inputs, backend=backend)
     explicit = convert(inputs, lambda tensor: tensor.to(low))
     if op == "prune_patches":
         explicit["importance"] = inputs["importance"]
+    require(op, backend, explicit)
+    with torch.autocast(device_of(backend), dtype=low):
+        result = getattr(ops, op)(**inputs, backend=backend)
     expected = getattr(ops, op)(**explicit, backend=backend)
     assert result[0].dtype == low
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True) if isinstance(a, torch.Tensor))
@@ -319,7 +349,7 @@ def test_every_output_is_written(op, backend):
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-@pytest.mark.parametrize("op, backend", [pair for pair in OP_BACKENDS if pair[0] != "prune_patches"])
+@pytest.mark.parametrize("op, backend", [pair for pair in OP_BACKENDS if "attention" in pair[0] or "attend" in pair[0]])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_reaches_what_depends_on_it(op, backend, bad):
     inputs = make_inputs(op, Case("nan", P=9, J=3), torch.float32, device_of(backend))
@@ -333,6 +363,20 @@ def test_not_a_number_reaches_what_depends_on_it(op, backend, bad):
     assert result.importance[0].isnan().all() and result.importance[1].isfinite().all()
     if op == "pose_guided_attention":
         assert result.patches[0].isnan().all() and result.patches[1].isfinite().all()
+
+
+@pytest.mark.parametrize("op, backend", [pair for pair in OP_BACKENDS if pair[0] in JOINT_OPS])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_stays_in_its_sample_and_joint(op, backend, bad):
+    inputs = make_inputs(op, Case("nan", J=3), torch.float32, device_of(backend))
+    require(op, backend, inputs)
+    inputs["joints"][0, 1, 2] = bad
+    alone = op == "update_joints"  # self-attention carries it to every joint of the sample
+    for result in named_outputs(getattr(ops, op)(**inputs, backend=backend)).values():
+        by_joint = result.transpose(1, 2).flatten(2) if result.dim() == 4 else result  # [B, J, …]
+        assert by_joint[0, 1].isnan().all() and by_joint[1].isfinite().all()
+        others = by_joint[0, [0, 2]]
+        assert others.isfinite().all() if alone else others.isnan().all()
 
 
 @pytest.mark.parametrize("backend", [b.name for b in backends_of("prune_patches")])
@@ -439,5 +483,46 @@ def test_flop_counter_counts_the_products(op):
         "attend_patches": 2 * 2 * 3 * 5 * (4 + 3),
         "pose_guided_attention": 2 * 2 * 3 * 5 * (4 + 3 + 6),
         "prune_patches": 0,
+        "joint_queries": 2 * 3 * 6 * (3 * 6 + 2 * 3 + 6 + 6 + 5),
+        "update_joints": 2 * 3 * 6 * (5 + 6 + 7 + 7),
     }
     assert counts["cpu"] == 2 * multiply_adds[op]
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("update_joints")])
+@pytest.mark.parametrize("formulation", ["absorbed", "projected"])
+def test_the_joint_ops_are_a_decoder_layer(backend, formulation):
+    """Weights of torch.nn.TransformerDecoderLayer, and its result, with an attention to patches between the two ops."""
+    dim, heads, joints, patches = 32, 4, 17, 40
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerDecoderLayer(dim, heads, 48, 0.0, "gelu", batch_first=True).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens, memory = torch.randn(2, joints, dim), torch.randn(2, patches, dim)
+    this, image = layer.self_attn, layer.multihead_attn
+    query_weight, key_weight, value_weight = image.in_proj_weight.chunk(3)
+    query_bias, key_bias, value_bias = image.in_proj_bias.chunk(3)
+    absorbed = formulation == "absorbed"
+    with torch.no_grad():
+        key = value = memory[:, None]
+        if not absorbed:
+            key = (memory @ key_weight.T + key_bias).unflatten(2, (heads, -1)).transpose(1, 2)
+            value = (memory @ value_weight.T + value_bias).unflatten(2, (heads, -1)).transpose(1, 2)
+        asked = ops.joint_queries(
+            *(tokens, this.in_proj_weight, this.in_proj_bias, this.out_proj.weight, this.out_proj.bias),
+            *(layer.norm1.weight, layer.norm1.bias, query_weight, query_bias),
+            key_weight.unflatten(0, (heads, -1)) if absorbed else None,
+            heads=heads,
+            backend=backend,
+        )
+        context = ops.attend_patches(asked.query, key, value, scale=(dim // heads) ** -0.5).context
+        updated = ops.update_joints(
+            *(asked.joints, context),
+            value_weight.unflatten(0, (heads, -1)).transpose(1, 2) if absorbed else None,
+            value_bias if absorbed else None,
+            *(image.out_proj.weight, image.out_proj.bias, layer.norm2.weight, layer.norm2.bias),
+            *(layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias),
+            *(layer.norm3.weight, layer.norm3.bias),
+            backend=backend,
+        )
+        torch.testing.assert_close(updated, layer(tokens, memory))

@@ -3,23 +3,30 @@
 attend_patches          joints query image patches
 pose_guided_attention   the same attention used both ways: patches are updated too (Lifting by Image, Eq. 2)
 prune_patches           keep the most important patches (Adaptive Feature Selection)
+joint_queries           self-attention over joints, and what they ask of the patches
+update_joints           what joints make of the answer: output projection, feed-forward and layer norms
 keep_count              how many patches a retention keeps
 explain                 which backend serves a call, and why the others do not
 """
 
 from liftbyimage.ops._explain import BackendStatus, explain
 from liftbyimage.ops.attend_patches import AttendedPatches, attend_patches
+from liftbyimage.ops.joint_queries import JointQueries, joint_queries
 from liftbyimage.ops.pose_guided_attention import PoseGuidedAttention, pose_guided_attention
 from liftbyimage.ops.prune_patches import PrunedPatches, keep_count, prune_patches
+from liftbyimage.ops.update_joints import update_joints
 
 __all__ = [
     "AttendedPatches",
     "BackendStatus",
+    "JointQueries",
     "PoseGuidedAttention",
     "PrunedPatches",
     "attend_patches",
     "explain",
+    "joint_queries",
     "keep_count",
     "pose_guided_attention",
     "prune_patches",
+    "update_joints",
 ]

@@ -64,6 +64,26 @@ def check_scale(op: str, scale: float | None, width: int) -> float:
     return float(scale)
 
 
+def check_like(
+    op: str, first: str, like: Tensor, argument: str, value: Tensor, expected: tuple[int, ...], dims: str
+) -> None:
+    """`value` has the sizes `expected` of `dims`, and dtype and device of the argument `first`, which is `like`."""
+    usual = isinstance(value, Tensor) and value.shape == expected
+    if usual and value.dtype == like.dtype and value.device == like.device:
+        return
+    check_tensor(op, argument, value, dims)
+    check_sizes(op, argument, value, expected, dims)
+    check_same_device(op, first, {first: like, argument: value})
+    check_same_dtype(op, first, {first: like, argument: value})
+
+
+def check_eps(op: str, eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a finite float >= 0, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:  # NaN fails too
+        raise ValueError(f"{op}: eps must be a finite float >= 0, got {eps}")
+
+
 def check_attention(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Shapes, dtypes and devices that `attend_patches` and `pose_guided_attention` share."""
     check_tensor(op, "query", query, "B H J E")

@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from liftbyimage import _extension
 
 ENVIRONMENT_VARIABLE = "LIFTBYIMAGE_BACKEND"
 NATIVE_WIDTH_LIMIT = 512
+
+
+Input = TypeVar("Input", bound="Tensor | None")
 
 
 class Backend(NamedTuple):
@@ -73,6 +76,13 @@ def why_not_cpu(*tensors: Tensor) -> str | None:
     if tensors[0].device.type != "cpu":
         return f"serves CPU tensors, got {tensors[0].device.type}"
     return None
+
+
+def why_not_cpu_in_full_precision(*tensors: Tensor) -> str | None:
+    reason = why_not_cpu(*tensors)
+    if reason is None and tensors[0].dtype not in (torch.float32, torch.float64):
+        return f"serves float32 and float64, got {tensors[0].dtype}"
+    return reason
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
@@ -151,14 +161,20 @@ def count_flops(ops: Sequence[Callable[..., Any] | None], formula: Callable[...,
             register_flop_formula(op.overloadpacket)(formula)  # type: ignore[attr-defined]
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which a reference computes in the dtype of its inputs, whatever autocast says of single layers."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def autocast(*tensors: Input) -> tuple[Input, ...]:
     """Cast floating tensors to the autocast dtype where autocast is on; float64 stays, and one object stays one."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    cast: dict[int, Tensor] = {}
+    cast: dict[int, Any] = {}
     for tensor in tensors:
-        floating = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        cast[id(tensor)] = tensor.to(dtype) if floating else tensor
+        cast[id(tensor)] = tensor
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+            cast[id(tensor)] = tensor.to(dtype)
     return tuple(cast[id(tensor)] for tensor in tensors)

@@ -1,0 +1,58 @@
+"""Gradients of an op by running its reference again: for ops so small that nothing is kept for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("liftbyimage", "FRAGMENT")
+
+
+def backward_op(name: str, schema: str, backward: Callable[..., list[Tensor]], fake: Callable[..., Any]) -> Any:
+    """Register `liftbyimage::{name}`, written in Python for every device, with its fake implementation."""
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"liftbyimage::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.liftbyimage, name).default
+
+
+def wanted_of(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+    """The inputs whose gradients are wanted."""
+    return [tensor for tensor, want in zip(inputs, wanted, strict=True) if want and tensor is not None]
+
+
+def gradients(
+    reference: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of the wanted inputs, contiguous and in their order; a missing cotangent counts as zero."""
+    device = next(tensor.device.type for tensor in inputs if tensor is not None)
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        leaves = [
+            tensor if tensor is None else tensor.detach().requires_grad_(want)
+            for tensor, want in zip(inputs, wanted, strict=True)
+        ]
+        outputs = reference(*leaves)
+    sought = wanted_of(leaves, wanted)
+    pairs = zip(outputs, cotangents, strict=True)
+    roots = {output: cotangent for output, cotangent in pairs if cotangent is not None and output.requires_grad}
+    if not roots:
+        return [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in sought]
+    grads = torch.autograd.grad([*roots], sought, [*roots.values()], allow_unused=True, materialize_grads=True)
+    given = {cotangent.untyped_storage().data_ptr() for cotangent in roots.values()}
+    return [
+        # A sum over one row may be a view of the cotangent; an op must not return its own input.
+        grad.clone() if grad.untyped_storage().data_ptr() in given else grad.contiguous()
+        for grad in grads
+    ]
+
+
+def spread(grads: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """`grads` of the wanted inputs, with None in the place of the others."""
+    rest = iter(grads)
+    return tuple(next(rest) if want else None for want in wanted)
