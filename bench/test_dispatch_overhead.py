@@ -23,6 +23,7 @@ from liftbyimage.ops._explain import OPS, backends_of
 from liftbyimage.testing import Case, make_inputs
 
 TINY = Case("tiny", B=1, H=1, J=1, P=8, E=8, F=8, D=8, K=2, value_is_key=True)
+EPS = 1e-5  # of the joint ops' layer norms, their default
 CALLS_PER_ROUND = 200
 ROUNDS = 30
 REFERENCE, RAW, PUBLIC, RECORDED = "reference", "kernel op", "public function", "public function with autograd"
@@ -34,6 +35,8 @@ def _bare_arguments(op: str, inputs: Inputs) -> list[Any]:
     """The arguments of the op's kernel: a value that is the key is not passed again."""
     if op == "prune_patches":
         return list(inputs.values())
+    if op in ("joint_queries", "update_joints"):
+        return [*inputs.values(), EPS]
     query, key, scale = inputs["query"], inputs["key"], TINY.E**-0.5
     if op == "attend_patches":
         return [query, key, None, scale, False]

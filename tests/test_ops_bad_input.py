@@ -133,11 +133,115 @@ def call(op, **changes):
             ValueError,
             "importance must be on patches's device cpu, got meta",
         ),
+        ("joint_queries", {"joints": None}, TypeError, "joints must be a tensor [B, J, D], got NoneType"),
+        ("joint_queries", {"joints": torch.zeros(2, 6)}, ValueError, "joints must have shape [B, J, D], got [2, 6]"),
+        ("joint_queries", {"joints": torch.zeros(2, 0, 6)}, ValueError, "joints must have J >= 1, got [2, 0, 6]"),
+        ("joint_queries", {"heads": 4}, ValueError, "heads must be an int >= 1 that divides D = 6, got 4"),
+        ("joint_queries", {"heads": 0}, ValueError, "heads must be an int >= 1 that divides D = 6, got 0"),
+        ("joint_queries", {"heads": 2.0}, TypeError, "heads must be an int >= 1 that divides D = 6, got float"),
+        ("joint_queries", {"eps": -1.0}, ValueError, "eps must be a finite float >= 0, got -1.0"),
+        ("joint_queries", {"eps": "1e-5"}, TypeError, "eps must be a finite float >= 0, got str"),
+        (
+            "joint_queries",
+            {"in_proj_weight": torch.zeros(6, 6)},
+            ValueError,
+            "in_proj_weight must have shape [3D, D] = [18, 6], got [6, 6]",
+        ),
+        (
+            "joint_queries",
+            {"out_proj_bias": torch.zeros(1, 6)},
+            ValueError,
+            "out_proj_bias must have shape [D], got [1, 6]",
+        ),
+        (
+            "joint_queries",
+            {"norm_weight": torch.zeros(6, dtype=torch.float64)},
+            TypeError,
+            "norm_weight must have joints's dtype torch.float32, got torch.float64",
+        ),
+        (
+            "joint_queries",
+            {"query_bias": torch.zeros(6, device="meta")},
+            ValueError,
+            "query_bias must be on joints's device cpu, got meta",
+        ),
+        (
+            "joint_queries",
+            {"fold": torch.zeros(2, 4, 5)},
+            ValueError,
+            "fold must have shape [H, D/H, W] = [2, 3, 5], got [2, 4, 5]",
+        ),
+        ("joint_queries", {"fold": torch.zeros(2, 3, 0)}, ValueError, "fold must have W >= 1, got [2, 3, 0]"),
+        (
+            "joint_queries",
+            {"backend": "triton"},
+            ValueError,
+            "backend must be one of cpu, reference, got 'triton'",
+        ),
+        (
+            "update_joints",
+            {"context": torch.zeros(2, 4, 3, 3)},
+            ValueError,
+            "context must have a number of heads H that divides D = 6, got 4",
+        ),
+        (
+            "update_joints",
+            {"context": torch.zeros(2, 2, 3, 4)},
+            ValueError,
+            "context must have shape [B, H, J, D/H] = [2, 2, 3, 3], got [2, 2, 3, 4]",
+        ),
+        (
+            "update_joints",
+            {"context": torch.zeros(1, 2, 3, 3)},
+            ValueError,
+            "context must have shape [B, H, J, D/H] = [2, 2, 3, 3], got [1, 2, 3, 3]",
+        ),
+        (
+            "update_joints",
+            {"context": torch.zeros(2, 2, 3, 3, dtype=torch.float64)},
+            TypeError,
+            "context must have joints's dtype torch.float32, got torch.float64",
+        ),
+        (
+            "update_joints",
+            {"unfold": torch.zeros(2, 4, 3)},
+            ValueError,
+            "unfold must have shape [H, W, D/H] = [2, 3, 3], got [2, 4, 3]",
+        ),
+        (
+            "update_joints",
+            {"value_bias": torch.zeros(5)},
+            ValueError,
+            "value_bias must have shape [D] = [6], got [5]",
+        ),
+        (
+            "update_joints",
+            {"linear1_weight": torch.zeros(0, 6)},
+            ValueError,
+            "linear1_weight must have F >= 1, got [0, 6]",
+        ),
+        (
+            "update_joints",
+            {"linear2_weight": torch.zeros(6, 5)},
+            ValueError,
+            "linear2_weight must have shape [D, F] = [6, 6], got [6, 5]",
+        ),
+        ("update_joints", {"norm2_bias": 0.0}, TypeError, "norm2_bias must be a tensor [D], got float"),
+        ("update_joints", {"eps": float("nan")}, ValueError, "eps must be a finite float >= 0, got nan"),
     ],
 )
 def test_message(op, changes, error, text):
     with pytest.raises(error, match=f"^{re.escape(f'{op}: {text}')}$"):
         call(op, **changes)
+
+
+@pytest.mark.parametrize("op", ["joint_queries", "update_joints"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cpu_joint_ops_are_for_full_precision(op, dtype):
+    inputs = make_inputs(op, SMALL, dtype)
+    expected = f"{op}: backend 'cpu' cannot serve this call: serves float32 and float64, got {dtype}"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        getattr(ops, op)(**inputs, backend="cpu")
 
 
 def test_patches_that_are_key_need_one_shared_head():

@@ -13,7 +13,8 @@ template <typename T>
 class UpdateJoints {
  public:
   int64_t joints, width, heads, context_width, hidden_width;
-  const T* unfold;      // [H, W, E], null: W = E
+  const T* unfold;      // [H, W, E], or [H, E, W] where it is transposed; null: W = E
+  bool transposed;
   const T* value_bias;  // [D], null: none
   Linear<T> out_proj, linear1, linear2;
   LayerNorm<T> norm1, norm2;
@@ -53,7 +54,12 @@ class UpdateJoints {
       for (int64_t head = first; head < first + count; ++head) {
         const T* source = context + (sample * heads + head) * joints * W;  // [J, W]
         T* target = attended + sample * joints * width + head * E;         // [J, E]
-        if (unfold != nullptr) {
+        if (unfold != nullptr && transposed) {
+          multiply_transposed(joints, E, W, source, W, unfold + head * W * E, W,
+                              [&](int64_t row, int64_t column, const T* sums, int columns) {
+                                std::copy_n(sums, columns, target + row * width + column);
+                              });
+        } else if (unfold != nullptr) {
           multiply(joints, E, W, source, W, unfold + head * W * E, E, target, width);
         }
         for (int64_t row = 0; row < joints; ++row) {
@@ -100,7 +106,10 @@ at::Tensor update_joints_forward(const at::Tensor& joints_in, const at::Tensor& 
   check_matches(norm2_weight_in, {width}, joints_in, "norm2_weight");
   check_matches(norm2_bias_in, {width}, joints_in, "norm2_bias");
   const at::Tensor tokens = joints_in.contiguous(), context = context_in.contiguous();
-  const OptionalTensor unfold = contiguous(unfold_in), value_bias = contiguous(value_bias_in);
+  // The value projection of the absorbed formulation comes as it is stored, [H, E, W]: no copy is made of it.
+  const bool transposed = unfold_in.has_value() && unfold_in->stride(1) == 1;
+  const OptionalTensor unfold = transposed ? unfold_in->transpose(1, 2).contiguous() : contiguous(unfold_in);
+  const OptionalTensor value_bias = contiguous(value_bias_in);
   const at::Tensor out_proj_weight = out_proj_weight_in.contiguous(), out_proj_bias = out_proj_bias_in.contiguous();
   const at::Tensor norm1_weight = norm1_weight_in.contiguous(), norm1_bias = norm1_bias_in.contiguous();
   const at::Tensor linear1_weight = linear1_weight_in.contiguous(), linear1_bias = linear1_bias_in.contiguous();
@@ -117,6 +126,7 @@ at::Tensor update_joints_forward(const at::Tensor& joints_in, const at::Tensor& 
                                  context_width,
                                  hidden_width,
                                  data_of<T>(unfold),
+                                 transposed,
                                  data_of<T>(value_bias),
                                  {data(out_proj_weight), data(out_proj_bias), width},
                                  {data(linear1_weight), data(linear1_bias), width},

@@ -32,7 +32,7 @@ from liftbyimage.ops._dispatch import (
     select,
     why_not_cpu_in_full_precision,
 )
-from liftbyimage.ops._recompute import backward_op, gradients, spread, wanted_of
+from liftbyimage.ops._recompute import backward_op, gradients, needs_graph, spread, wanted_of
 
 OP = "joint_queries"
 
@@ -170,18 +170,22 @@ BACKENDS = (
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
+def _run(heads: int, eps: float, backend: str, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    forward = _BY_NAME[backend].forward
+    assert forward is not None
+    joints, query = forward(*inputs, heads, eps)
+    return joints, query
+
+
 class _JointQueries(torch.autograd.Function):
     """Saves its inputs only; backward differentiates the reference by recomputation."""
 
     @staticmethod
     def forward(ctx: Any, heads: int, eps: float, backend: str, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        forward = _BY_NAME[backend].forward
-        assert forward is not None
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         ctx.heads, ctx.eps, ctx.backend = heads, eps, backend
-        joints, query = forward(*inputs, heads, eps)
-        return joints, query
+        return _run(heads, eps, backend, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_joints: Tensor | None, grad_query: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -249,4 +253,5 @@ def joint_queries(
     if chosen.forward is None:
         with no_autocast(inputs[0]):
             return reference(*inputs, heads=heads, eps=eps)
-    return JointQueries(*_JointQueries.apply(heads, eps, chosen.name, *inputs))
+    run = _JointQueries.apply if needs_graph(inputs) else _run
+    return JointQueries(*run(heads, eps, chosen.name, *inputs))

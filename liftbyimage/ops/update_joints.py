@@ -32,7 +32,7 @@ from liftbyimage.ops._dispatch import (
     select,
     why_not_cpu_in_full_precision,
 )
-from liftbyimage.ops._recompute import backward_op, gradients, spread, wanted_of
+from liftbyimage.ops._recompute import backward_op, gradients, needs_graph, spread, wanted_of
 
 OP = "update_joints"
 
@@ -163,17 +163,21 @@ BACKENDS = (
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
+def _run(eps: float, backend: str, *inputs: Tensor | None) -> Tensor:
+    forward = _BY_NAME[backend].forward
+    assert forward is not None
+    joints: Tensor = forward(*inputs, eps)
+    return joints
+
+
 class _UpdateJoints(torch.autograd.Function):
     """Saves its inputs only; backward differentiates the reference by recomputation."""
 
     @staticmethod
     def forward(ctx: Any, eps: float, backend: str, *inputs: Tensor | None) -> Tensor:
-        forward = _BY_NAME[backend].forward
-        assert forward is not None
         ctx.save_for_backward(*inputs)
         ctx.eps, ctx.backend = eps, backend
-        joints: Tensor = forward(*inputs, eps)
-        return joints
+        return _run(eps, backend, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_joints: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,5 +251,6 @@ def update_joints(
     if chosen.forward is None:
         with no_autocast(inputs[0]):
             return reference(*inputs, eps=eps)
-    updated: Tensor = _UpdateJoints.apply(eps, chosen.name, *inputs)
+    run = _UpdateJoints.apply if needs_graph(inputs) else _run
+    updated: Tensor = run(eps, chosen.name, *inputs)
     return updated
