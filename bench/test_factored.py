@@ -61,17 +61,9 @@ class FactoredLayer(PoseGuidedLayer):
         attention = self.patch_attention
         memory = attention.memory(patches, "factored")
         query = memory.rows(attention.query(joints, memory.fold))
-        result = ops.attend_patches(
-            query,
-            memory.key,
-            memory.value,
-            scale=attention.scale,
-            need_attention=True,
-            need_importance=False,
-            backend=self.backend,
-        )
-        assert result.attention is not None
-        return answer(attention, memory, result.context), patches.updated(result.attention, self._pose_rows(joints))
+        guided = ops.guide_patches(query, patches.channels, scale=attention.scale, backend=self.backend)
+        updated = patches.guided(guided.channels, self._pose_rows(joints))
+        return answer(attention, memory, guided.context), updated
 
 
 class TextbookImageSide(nn.Module):

@@ -19,6 +19,10 @@ TORCH_LIBRARY(liftbyimage, m) {
       "pose_guided_attention_backward(Tensor? grad_context, Tensor? grad_patches, Tensor? grad_importance,"
       " Tensor query, Tensor key, Tensor? value, Tensor pose_value, Tensor context, Tensor lse, float scale,"
       " bool need_token_grads, bool patches_is_key) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("guide_patches_forward(Tensor query, Tensor channels, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "guide_patches_backward(Tensor? grad_context, Tensor? grad_guided, Tensor query, Tensor channels, Tensor context,"
+      " Tensor lse, float scale, bool need_channel_grads) -> (Tensor, Tensor)");
   m.def("prune_patches_forward(Tensor patches, Tensor importance, int keep) -> (Tensor, Tensor)");
   m.def("prune_patches_backward(Tensor grad_kept, Tensor index, int num_patches) -> Tensor");
   m.def(
@@ -37,6 +41,8 @@ TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
   m.impl("attend_patches_backward", &liftbyimage::cpu::attend_patches_backward);
   m.impl("pose_guided_attention_forward", &liftbyimage::cpu::pose_guided_attention_forward);
   m.impl("pose_guided_attention_backward", &liftbyimage::cpu::pose_guided_attention_backward);
+  m.impl("guide_patches_forward", &liftbyimage::cpu::guide_patches_forward);
+  m.impl("guide_patches_backward", &liftbyimage::cpu::guide_patches_backward);
   m.impl("prune_patches_forward", &liftbyimage::cpu::prune_patches_forward);
   m.impl("prune_patches_backward", &liftbyimage::cpu::prune_patches_backward);
   m.impl("joint_queries_forward", &liftbyimage::cpu::joint_queries_forward);

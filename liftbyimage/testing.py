@@ -129,6 +129,11 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("one_tensor_strided", D=16, value_is_key=True, patches_is_key=True, layout="strided"),
         Case("patches_is_key_alone", D=16, patches_is_key=True),
     ),
+    "guide_patches": (
+        *(case for case in _ATTENTION_CASES if case.shared_head),
+        Case("factored_48", H=8, P=401, E=48, slow_interpreter=True),
+        Case("factored_184", H=8, P=390, E=184, slow_interpreter=True),
+    ),
     "prune_patches": (
         Case("plain"),
         Case("keep_all", K=48),
@@ -181,6 +186,9 @@ def make_inputs(
     key = draw(case.B, key_heads, case.P, case.E)
     if case.ties:
         key = torch.cat([key[:, :, ::2], key[:, :, ::2]], dim=2)[:, :, : case.P].contiguous()
+    if op == "guide_patches":
+        query = draw(case.B, case.H, case.J, case.E) * case.magnitude
+        return {"query": query, "channels": key[:, 0], "scale": case.scale}
     value_width = case.E if case.value_is_key else case.F
     inputs: dict[str, Any] = {
         "query": draw(case.B, case.H, case.J, case.E) * case.magnitude,

@@ -63,16 +63,21 @@ def test_dense_and_gather_are_the_definition(shared):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_update_adds_what_patches_receive(shared):
+def test_guided_adds_what_patches_receive(shared):
     patches = factored(shared)
-    attention = torch.rand(BATCH, HEADS, JOINTS, PATCHES, dtype=torch.float64)
     rows = torch.randn(BATCH, HEADS, JOINTS, DIM, dtype=torch.float64)
-    expected = patches.dense() + torch.einsum("bhjp,bhjd->bpd", attention, rows)
-    updated = patches.updated(attention, rows)
-    torch.testing.assert_close(updated.dense(), expected)
-    again = updated.updated(attention.flip(3), rows)
-    expected = expected + torch.einsum("bhjp,bhjd->bpd", attention.flip(3), rows)
-    torch.testing.assert_close(again.dense(), expected)
+
+    def guide(patches, expected):
+        query = torch.randn(BATCH, HEADS, JOINTS, patches.width, dtype=torch.float64)
+        guided = ops.guide_patches(query, patches.channels)
+        attention = torch.softmax(patches.width**-0.5 * query @ patches.channels[:, None].transpose(2, 3), dim=3)
+        expected = expected + torch.einsum("bhjp,bhjd->bpd", attention, rows)
+        updated = patches.guided(guided.channels, rows)
+        torch.testing.assert_close(updated.dense(), expected)
+        return updated, expected
+
+    updated, expected = guide(patches, patches.dense())
+    again, _ = guide(updated, expected)
     assert again.width == WIDTH + 2 * HEADS * JOINTS and not again.shared
 
 

@@ -74,6 +74,7 @@ OP_BACKENDS = [(op, backend) for op in OPS for backend in serving(op)]
 SMALL = {
     "attend_patches": Case("small", B=2, H=2, J=3, P=5, E=4, F=3, need_attention=True),
     "pose_guided_attention": Case("small", B=2, H=2, J=3, P=5, E=4, F=3, D=6),
+    "guide_patches": Case("small", B=2, H=2, J=3, P=5, E=4),
     "prune_patches": Case("small", B=2, P=7, D=3, K=4),
     "joint_queries": Case("small", B=2, H=2, J=3, D=6, E=5),
     "update_joints": Case("small", B=2, H=2, J=3, D=6, E=5, F=7),
@@ -132,6 +133,8 @@ def test_only_some_gradients_arrive(op, backend):
 def test_frozen_inputs_get_no_gradient(op, backend, frozen):
     if op == "prune_patches":
         frozen = "patches"
+    if op == "guide_patches" and frozen == "key":
+        frozen = "channels"
     if op in JOINT_OPS:
         frozen = {"query": "joints", "key": "out_proj_weight"}[frozen]
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
@@ -192,6 +195,34 @@ def test_cpu_result_does_not_depend_on_threads(op, dtype, width):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("guide_patches")])
+def test_guided_channels_are_the_attention_of_attend_patches(backend):
+    inputs = make_inputs("guide_patches", Case("", P=33, J=5), torch.float32, device_of(backend))
+    require("guide_patches", backend, inputs)
+    query, channels = inputs["query"], inputs["channels"]
+    tokens = channels[:, None]
+    expected = ops.attend_patches(query, tokens, tokens, need_attention=True, backend=backend)
+    result = ops.guide_patches(query, channels, backend=backend)
+    assert torch.equal(result.context, expected.context)
+    assert torch.equal(result.channels[:, :, : channels.shape[2]], channels)
+    columns = expected.attention.flatten(1, 2).transpose(1, 2)  # [B, P, R]
+    assert torch.equal(result.channels[:, :, channels.shape[2] :], columns)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("guide_patches")])
+def test_not_a_number_in_a_guiding_query(backend):
+    inputs = make_inputs("guide_patches", Case("nan", P=9, J=3), torch.float32, device_of(backend))
+    require("guide_patches", backend, inputs)
+    inputs["query"][0, 1, 2] = float("nan")
+    result = ops.guide_patches(**inputs, backend=backend)
+    row, width = 3 + 2, inputs["channels"].shape[2]
+    affected = torch.zeros(result.channels.shape[2], dtype=torch.bool, device=result.channels.device)
+    affected[width + row] = True
+    assert result.channels[0, :, affected].isnan().all() and result.channels[0, :, ~affected].isfinite().all()
+    assert result.channels[1].isfinite().all() and result.context[1].isfinite().all()
+    assert result.context[0, 1, 2].isnan().all() and result.context[0, 0].isfinite().all()
+
+
 @pytest.mark.parametrize("op", ["attend_patches", "pose_guided_attention"])
 def test_bfloat16_in_float32_where_torch_may_not_use_onednn(op):
     """The processor's own bfloat16 products are reached through oneDNN; without it the same contract holds."""
@@ -234,6 +265,7 @@ def test_opcheck(op, backend):
     rest = {
         "attend_patches": [0.5, True, True],
         "pose_guided_attention": [0.5],
+        "guide_patches": [0.5],
         "prune_patches": [inputs.get("keep")],
         "joint_queries": [inputs.get("fold"), 2, 1e-5],
         "update_joints": [1e-5],
@@ -249,6 +281,9 @@ def test_opcheck(op, backend):
     elif op == "attend_patches":
         grads = [torch.randn_like(output) for output in outputs[:3]]
         arguments = (*grads, *tensors, outputs[0], outputs[3], 0.5, True)
+    elif op == "guide_patches":
+        grads = [torch.randn_like(output) for output in outputs[:2]]
+        arguments = (*grads, *tensors, outputs[0], outputs[2], 0.5, True)
     elif op == "joint_queries":
         grads = [torch.randn_like(output) for output in outputs]
         arguments = (*grads, *tensors, *rest, [True] * 10)
@@ -482,6 +517,7 @@ def test_flop_counter_counts_the_products(op):
     multiply_adds = {
         "attend_patches": 2 * 2 * 3 * 5 * (4 + 3),
         "pose_guided_attention": 2 * 2 * 3 * 5 * (4 + 3 + 6),
+        "guide_patches": 2 * 2 * 3 * 5 * (4 + 4),
         "prune_patches": 0,
         "joint_queries": 2 * 3 * 6 * (3 * 6 + 2 * 3 + 6 + 6 + 5),
         "update_joints": 2 * 3 * 6 * (5 + 6 + 7 + 7),

@@ -106,6 +106,22 @@ def call(op, **changes):
             TypeError,
             "patches must have query's dtype torch.float32, got torch.bfloat16",
         ),
+        ("guide_patches", {"query": torch.zeros(2, 3)}, ValueError, "query must have shape [B, H, J, W], got [2, 3]"),
+        ("guide_patches", {"channels": None}, TypeError, "channels must be a tensor [B, P, W], got NoneType"),
+        (
+            "guide_patches",
+            {"channels": torch.zeros(2, 5, 7)},
+            ValueError,
+            "channels must have shape [B, P, W] = [2, 5, 4], got [2, 5, 7]",
+        ),
+        ("guide_patches", {"channels": torch.zeros(2, 0, 4)}, ValueError, "channels must have P >= 1, got [2, 0, 4]"),
+        (
+            "guide_patches",
+            {"channels": torch.zeros(2, 5, 4, dtype=torch.float64)},
+            TypeError,
+            "channels must have query's dtype torch.float32, got torch.float64",
+        ),
+        ("guide_patches", {"scale": float("inf")}, ValueError, "scale must be a finite float or None, got inf"),
         (
             "prune_patches",
             {"keep": 6},

@@ -50,7 +50,8 @@ Tensor4 attend_patches_forward(const at::Tensor& query_in, const at::Tensor& key
       const SampleOutput<scalar_t, S> out_attention(attention, b);
       const SampleOutput<T, T> out_importance(importance, b), out_lse(lse, b);
       kernel.forward({q.data(), k.data(), v.data() ? v.data() : k.data(), nullptr, nullptr},
-                     {out_context.data(), out_importance.data(), out_lse.data(), nullptr, out_attention.data()});
+                     {out_context.data(), out_importance.data(), out_lse.data(), nullptr, out_attention.data(), shape.rows(),
+                      nullptr});
     });
   });
   return {context, importance, attention, lse};
@@ -87,8 +88,8 @@ Tensor3 attend_patches_backward(const OptionalTensor& grad_context_in, const Opt
       const SampleInput<T, T> dimportance(grad_importance, b);
       const SampleOutput<scalar_t, T> dquery(grad_query, b), dkey(grad_key, b), dvalue(grad_value, b);
       kernel.backward({q.data(), k.data(), v.data() ? v.data() : k.data(), nullptr,
-                       dcontext.data(), nullptr, dimportance.data(), dattention.data()},
-                      {dquery.data(), dkey.data(), v.data() ? dvalue.data() : dkey.data(), nullptr, false});
+                       dcontext.data(), nullptr, dimportance.data(), dattention.data(), shape.rows(), nullptr, 0},
+                      {dquery.data(), dkey.data(), v.data() ? dvalue.data() : dkey.data(), nullptr});
     });
   });
   return {grad_query, grad_key, grad_value};

@@ -157,7 +157,7 @@ class ForwardBlock {
                         [&](int64_t t) { return softmax_.weight(t, row); }, out.context + (block_.first + row) * F);
   }
 
-  // What each patch receives: importance, its attention column, and the pose values.
+  // What each patch receives: importance, its attention column, the pose values, and its channels anew.
   void spread(const ForwardInputs<S>& in, const ForwardOutputs<S>& out, const Tile& tile) {
     constexpr int64_t strip = 16;  // rows that are summed in a register before they join the running mean
     for (int64_t row = 0; row < block_.rows; row += strip) {
@@ -166,14 +166,20 @@ class ForwardBlock {
     if (out.patches != nullptr) {
       update_patches(in, out, tile);
     }
+    if (out.channels != nullptr && block_.first == 0) {
+      const int64_t E = shape_.key_width;
+      for (int64_t p = tile.first; p < tile.first + tile.size; ++p) {
+        std::copy_n(in.key + p * E, E, out.channels + p * out.attention_stride);
+      }
+    }
   }
 
   // Rows of a tile: scores become attention where a later step reads them; importance and attention go out.
   void normalize(const ForwardOutputs<S>& out, const Tile& tile, RowBlock strip) {
-    const int64_t n = tile.size, R = shape_.rows();
+    const int64_t n = tile.size;
     const bool store = out.attention != nullptr || out.patches != nullptr;
     const bool starts = block_.first + strip.first == 0;
-    const Vec<T> share(T(1) / static_cast<T>(R));
+    const Vec<T> share(T(1) / static_cast<T>(shape_.rows()));
     T* a = scores(tile) + strip.first * n;  // [strip.rows, n]
     for_vectors<T>(n, [&](int64_t i, int64_t count) {
       const auto size = static_cast<int>(count);
@@ -192,7 +198,8 @@ class ForwardBlock {
       }
     });
     if (out.attention != nullptr) {
-      transpose_rounded(a, n, strip.rows, n, out.attention + tile.first * R + block_.first + strip.first, R);
+      S* columns = out.attention + tile.first * out.attention_stride + block_.first + strip.first;  // [n, strip.rows]
+      transpose_rounded(a, n, strip.rows, n, columns, out.attention_stride);
     }
   }
 
@@ -273,8 +280,8 @@ class BackwardBlock {
     T* d = grad(tile);
     bool add = false;
     if (in.grad_attention != nullptr) {
-      const S* columns = in.grad_attention + tile.first * shape_.rows() + block_.first;  // [n, R]
-      transpose_widened(columns, shape_.rows(), n, rows, d, n);
+      const S* columns = in.grad_attention + tile.first * in.attention_stride + block_.first;  // [n, rows]
+      transpose_widened(columns, in.attention_stride, n, rows, d, n);
       add = true;
     }
     if (in.grad_context != nullptr) {
@@ -354,8 +361,10 @@ class BackwardBlock {
       T* grad_key = out.grad_key + first_token * E;        // [n, E]
       T* grad_value = out.grad_value + first_token * F;    // [n, F]
       bool add = !starts_group;
-      if (starts_group && out.patches_is_key && in.grad_patches != nullptr) {
-        at::vec::convert(in.grad_patches + tile.first * E, grad_key, n * E);
+      if (starts_group && in.grad_tokens != nullptr) {
+        for (int64_t p = 0; p < n; ++p) {
+          at::vec::convert(in.grad_tokens + (tile.first + p) * in.grad_tokens_stride, grad_key + p * E, E);
+        }
         add = true;
       }
       multiply(transposed, plain, n, E, rows, d + row * n, n, in.query + (block_.first + row) * E, E, add, grad_key, E);

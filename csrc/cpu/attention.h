@@ -37,7 +37,9 @@ struct ForwardOutputs {
   T* importance;  // [P], null: not wanted
   T* lse;         // [R]
   T* patches;     // [P, D], null with pose_value
-  S* attention;   // [P, R], null: not wanted
+  S* attention;   // [P, attention_stride], the first R of each row; null: not wanted
+  int64_t attention_stride;
+  S* channels;    // [P, attention_stride], null: key [P, E] of the one group is not copied beside the attention
 };
 
 // Null gradients count as zero.
@@ -52,7 +54,10 @@ struct BackwardInputs {
   const S* grad_context;     // [R, F]
   const S* grad_patches;     // [P, D]
   const T* grad_importance;  // [P]
-  const S* grad_attention;   // [P, R]
+  const S* grad_attention;   // [P, attention_stride], the first R of each row
+  int64_t attention_stride;
+  const S* grad_tokens;      // [P, grad_tokens_stride], the first E of each row: joins grad_key of the one group
+  int64_t grad_tokens_stride;
 };
 
 template <typename T>
@@ -61,7 +66,6 @@ struct BackwardOutputs {
   T* grad_key;         // [Hk, P, E], null: token gradients are not wanted
   T* grad_value;       // [Hk, P, F]; equal to grad_key where value is key, which then takes both gradients
   T* grad_pose_value;  // [R, D], null without pose_value
-  bool patches_is_key;
 };
 
 template <typename S>

@@ -36,6 +36,14 @@ Tensor4 pose_guided_attention_backward(const OptionalTensor& grad_context, const
                                        const at::Tensor& lse, double scale, bool need_token_grads,
                                        bool patches_is_key);
 
+// -> context [B,H,J,W], guided [B,P,W+H*J], lse [B,H,J]
+Tensor3 guide_patches_forward(const at::Tensor& query, const at::Tensor& channels, double scale);
+
+// -> grad_query [B,H,J,W], grad_channels [B,P,W] or [0]
+Tensor2 guide_patches_backward(const OptionalTensor& grad_context, const OptionalTensor& grad_guided,
+                               const at::Tensor& query, const at::Tensor& channels, const at::Tensor& context,
+                               const at::Tensor& lse, double scale, bool need_channel_grads);
+
 // -> kept [B,K,D], index [B,K] ascending
 Tensor2 prune_patches_forward(const at::Tensor& patches, const at::Tensor& importance, int64_t keep);
 

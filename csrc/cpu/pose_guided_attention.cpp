@@ -54,7 +54,8 @@ Tensor4 pose_guided_attention_forward(const at::Tensor& query_in, const at::Tens
       const SampleOutput<T, T> out_importance(importance, b), out_lse(lse, b);
       kernel.forward({q.data(), k.data(), v.data() ? v.data() : k.data(), u.data(),
                       tokens.data() ? tokens.data() : k.data()},
-                     {out_context.data(), out_importance.data(), out_lse.data(), out_patches.data(), nullptr});
+                     {out_context.data(), out_importance.data(), out_lse.data(), out_patches.data(), nullptr, 0,
+                      nullptr});
     });
   });
   return {context, patches_out, importance, lse};
@@ -94,9 +95,9 @@ Tensor4 pose_guided_attention_backward(const OptionalTensor& grad_context_in, co
       const SampleOutput<scalar_t, T> dquery(grad_query, b), dkey(grad_key, b), dvalue(grad_value, b);
       const SampleOutput<scalar_t, T> dpose_value(grad_pose_value, b);
       kernel.backward({q.data(), k.data(), v.data() ? v.data() : k.data(), u.data(),
-                       dcontext.data(), dpatches.data(), dimportance.data(), nullptr},
-                      {dquery.data(), dkey.data(), v.data() ? dvalue.data() : dkey.data(), dpose_value.data(),
-                       patches_is_key});
+                       dcontext.data(), dpatches.data(), dimportance.data(), nullptr, 0,
+                       patches_is_key ? dpatches.data() : nullptr, shape.model_width},
+                      {dquery.data(), dkey.data(), v.data() ? dvalue.data() : dkey.data(), dpose_value.data()});
     });
   });
   return {grad_query, grad_key, grad_value, grad_pose_value};

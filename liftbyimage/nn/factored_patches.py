@@ -73,15 +73,11 @@ class FactoredPatches:
         """Other patches [B, K, W] under the same embedding."""
         return FactoredPatches(channels, self.embedding, self.bias)
 
-    def updated(self, attention: Tensor, rows: Tensor) -> FactoredPatches:
-        """T + Aᵀ U for attention A [B, H, J, P], patch-major as `attend_patches` gives it, and rows U [B, H, J, D]."""
-        columns = attention.flatten(1, 2).transpose(1, 2)  # [B, P, R]
-        embedding = self.embedding.expand(rows.shape[0], -1, -1)
-        return FactoredPatches(
-            torch.cat([self.channels, columns], dim=2),
-            torch.cat([embedding, rows.flatten(1, 2)], dim=1),
-            self.bias,
-        )
+    def guided(self, channels: Tensor, rows: Tensor) -> FactoredPatches:
+        """T + Aᵀ U, for channels with the attention A beside them [B, P, W + H·J], as `guide_patches` gives them, and
+        rows U [B, H, J, D]."""
+        embedding = torch.cat([self.embedding.expand(rows.shape[0], -1, -1), rows.flatten(1, 2)], dim=1)
+        return FactoredPatches(channels, embedding, self.bias)
 
     def detach(self) -> FactoredPatches:
         return FactoredPatches(self.channels.detach(), self.embedding.detach(), self.bias.detach())

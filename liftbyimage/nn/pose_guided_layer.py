@@ -8,7 +8,7 @@ from liftbyimage.nn.attention import FeedForward, Memory
 from liftbyimage.nn.factored_patches import FactoredPatches
 from liftbyimage.nn.formulation import Formulation
 from liftbyimage.nn.joint_side import JointSide
-from liftbyimage.ops import attend_patches, pose_guided_attention
+from liftbyimage.ops import guide_patches, pose_guided_attention
 
 
 class PoseGuidedLayer(JointSide):
@@ -62,11 +62,8 @@ class PoseGuidedLayer(JointSide):
         """What joints gather, [B, H, J, N], and the patches after they received `rows` [B, H, J, D]."""
         query, scale = memory.rows(query), self.patch_attention.scale
         if isinstance(patches, FactoredPatches):
-            gathered = attend_patches(
-                query, memory.key, memory.value, scale=scale, need_attention=True, need_importance=False
-            )
-            assert gathered.attention is not None
-            return gathered.context, patches.updated(gathered.attention, rows)
+            guided = guide_patches(query, patches.channels, scale=scale)
+            return guided.context, patches.guided(guided.channels, rows)
         tokens = memory.key if memory.key is memory.value else patches
         result = pose_guided_attention(query, memory.key, memory.value, rows, tokens, scale=scale)
         return result.context, result.patches

@@ -2,6 +2,7 @@
 
 attend_patches          joints query image patches
 pose_guided_attention   the same attention used both ways: patches are updated too (Lifting by Image, Eq. 2)
+guide_patches           that for factored patches: the attention becomes channels beside theirs
 prune_patches           keep the most important patches (Adaptive Feature Selection)
 joint_queries           self-attention over joints, and what they ask of the patches
 update_joints           what joints make of the answer: output projection, feed-forward and layer norms
@@ -11,6 +12,7 @@ explain                 which backend serves a call, and why the others do not
 
 from liftbyimage.ops._explain import BackendStatus, explain
 from liftbyimage.ops.attend_patches import AttendedPatches, attend_patches
+from liftbyimage.ops.guide_patches import GuidedPatches, guide_patches
 from liftbyimage.ops.joint_queries import JointQueries, joint_queries
 from liftbyimage.ops.pose_guided_attention import PoseGuidedAttention, pose_guided_attention
 from liftbyimage.ops.prune_patches import PrunedPatches, keep_count, prune_patches
@@ -19,11 +21,13 @@ from liftbyimage.ops.update_joints import update_joints
 __all__ = [
     "AttendedPatches",
     "BackendStatus",
+    "GuidedPatches",
     "JointQueries",
     "PoseGuidedAttention",
     "PrunedPatches",
     "attend_patches",
     "explain",
+    "guide_patches",
     "joint_queries",
     "keep_count",
     "pose_guided_attention",

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from liftbyimage.ops._dispatch import Backend, select
 
-OPS = ("attend_patches", "pose_guided_attention", "prune_patches", "joint_queries", "update_joints")
+OPS = (
+    "attend_patches",
+    "pose_guided_attention",
+    "guide_patches",
+    "prune_patches",
+    "joint_queries",
+    "update_joints",
+)
 
 
 class BackendStatus(NamedTuple):
