@@ -16,25 +16,34 @@ from machine import DTYPE
 from measurement import Measurement
 from serving import serving_backends
 from torch import Tensor, nn
+from torch.nn import functional as F
 from workload import HEADS, JOINTS, TRAINING, Implementation, Setting, Workload
 
 from liftbyimage import ops
-from liftbyimage.nn import TransformerLayer
+from liftbyimage.reference.lift_by_image import Layer
 
 MLP_RATIO = 4
 
 
-class Composed(TransformerLayer):
-    """The layer's own modules, one PyTorch call after the other."""
+class Composed(Layer):
+    """The absorbed layer's joint side as plain PyTorch calls, projections of one input in one product."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(setting.D, HEADS, MLP_RATIO, dropout=0.0, formulation="absorbed")
+        super().__init__(setting.D, HEADS, MLP_RATIO, dropout=0.0)
 
     def forward(self, joints: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        joints = self.norm1(joints + self.self_attention(joints))
-        query = self.patch_attention.absorbed(joints)  # [B, H, J, D]
-        joints = self.norm2(joints + self.patch_attention.output(context, "absorbed"))
-        return query, self.norm3(joints + self.feed_forward(joints))
+        own, image = self.self_attention, self.patch_attention
+        projected = F.linear(joints, own.in_proj_weight, own.in_proj_bias).chunk(3, dim=2)
+        attended = F.scaled_dot_product_attention(*(own.split(part) for part in projected))
+        joints = self.norm1(joints + own.output(attended))
+        query_weight, key_weight, value_weight = image.in_proj_weight.chunk(3)
+        query_bias, _, value_bias = image.in_proj_bias.chunk(3)
+        asked = image.split(F.linear(joints, query_weight, query_bias))
+        query = asked @ key_weight.unflatten(0, (HEADS, -1))  # [B, H, J, D]
+        answer = context @ value_weight.unflatten(0, (HEADS, -1)).transpose(1, 2) + value_bias.unflatten(
+            0, (HEADS, 1, -1)
+        )
+        return query, self.finish(joints, image.output(answer))
 
 
 class Fused(Composed):

@@ -16,8 +16,7 @@
 // share them.
 namespace liftbyimage::cpu {
 
-// Rows that share a pass over the weights: with four samples of 17 joints, two threads have a group each at batch 8, and
-// their activations fit in L2.
+// Rows that share a pass over the weights: four samples of 17 joints, so two threads have a group each at batch 8.
 constexpr int64_t group_rows = 72;
 // 64 columns of 256 weights are 64 KiB, which stay in L2 for all rows; fewer would not occupy many threads better.
 constexpr int64_t task_columns = 64;
