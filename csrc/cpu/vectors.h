@@ -100,15 +100,66 @@ inline T exp_row(T* row, int64_t size, T scale, T shift) {
   return sum_lanes<T>(total);
 }
 
-// target [n, m] = source [m, n] transposed, in squares of registers that are full.
+// target [n, m] = source [m, n] transposed, m and n at most the side of a square of registers.
+template <typename T>
+inline void transpose_square(const T* source, int64_t source_stride, int64_t m, int64_t n, T* target,
+                             int64_t target_stride) {
+  at::vec::transpose_mxn<T>(source, source_stride, target, target_stride, static_cast<int>(m), static_cast<int>(n));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// A whole square, without the masks of the general one: each of four stages pairs rows twice as far apart.
+template <>
+inline void transpose_square(const float* source, int64_t source_stride, int64_t m, int64_t n, float* target,
+                             int64_t target_stride) {
+  if (m != 16 || n != 16) {
+    at::vec::transpose_mxn<float>(source, source_stride, target, target_stride, static_cast<int>(m),
+                                  static_cast<int>(n));
+    return;
+  }
+  __m512 x[16], y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    x[i] = _mm512_loadu_ps(source + i * source_stride);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int group = i / 2 * 4, half = i % 2;
+    const __m512d a = _mm512_castps_pd(y[group + half]), b = _mm512_castps_pd(y[group + half + 2]);
+    // x[group + c]: in 128-bit lane l the rows group … group + 3 of column 4 l + c.
+    x[group + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    x[group + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    y[c] = _mm512_shuffle_f32x4(x[c], x[4 + c], 0x88);
+    y[4 + c] = _mm512_shuffle_f32x4(x[c], x[4 + c], 0xdd);
+    y[8 + c] = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0x88);
+    y[12 + c] = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    _mm512_storeu_ps(target + c * target_stride, _mm512_shuffle_f32x4(y[c], y[8 + c], 0x88));
+    _mm512_storeu_ps(target + (4 + c) * target_stride, _mm512_shuffle_f32x4(y[4 + c], y[12 + c], 0x88));
+    _mm512_storeu_ps(target + (8 + c) * target_stride, _mm512_shuffle_f32x4(y[c], y[8 + c], 0xdd));
+    _mm512_storeu_ps(target + (12 + c) * target_stride, _mm512_shuffle_f32x4(y[4 + c], y[12 + c], 0xdd));
+  }
+}
+#endif
+
+// target [n, m] = source [m, n] transposed.
 template <typename T>
 inline void transpose(const T* source, int64_t source_stride, int64_t m, int64_t n, T* target, int64_t target_stride) {
-  constexpr int64_t square = sizeof(T) == 2 ? 32 : 16;
-  for (int64_t i = 0; i < m; i += square) {
-    for (int64_t j = 0; j < n; j += square) {
-      at::vec::transpose_mxn<T>(source + i * source_stride + j, source_stride, target + j * target_stride + i,
-                                target_stride, static_cast<int>(std::min(square, m - i)),
-                                static_cast<int>(std::min(square, n - j)));
+  constexpr int64_t side = sizeof(T) == 2 ? 32 : 16;
+  for (int64_t i = 0; i < m; i += side) {
+    for (int64_t j = 0; j < n; j += side) {
+      transpose_square(source + i * source_stride + j, source_stride, std::min(side, m - i), std::min(side, n - j),
+                       target + j * target_stride + i, target_stride);
     }
   }
 }
