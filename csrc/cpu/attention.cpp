@@ -209,7 +209,8 @@ class ForwardBlock {
     if (block_.first == 0) {
       at::vec::convert(in.patches + tile.first * D, target, n * D);
     }
-    multiply(transposed, plain, n, D, block_.rows, scores(tile), n, in.pose_value + block_.first * D, D, true, target, D);
+    const S* pose_value = in.pose_value + block_.first * D;  // [rows, D]
+    multiply(transposed, plain, n, D, block_.rows, scores(tile), n, pose_value, D, true, target, D);
   }
 
   const AttentionShape& shape_;
@@ -261,8 +262,9 @@ class BackwardBlock {
     T* a = attention(tile);
     for_each_group(shape_, block_, [&](int64_t group, int64_t row, int64_t group_rows) {
       const int64_t E = shape_.key_width;
+      const S* query = in.query + (block_.first + row) * E;                // [group_rows, E]
       const S* key = in.key + (group * shape_.patches + tile.first) * E;  // [n, E]
-      multiply(plain, transposed, group_rows, n, E, in.query + (block_.first + row) * E, E, key, E, false, a + row * n, n);
+      multiply(plain, transposed, group_rows, n, E, query, E, key, E, false, a + row * n, n);
     });
     attention_gradient(in, tile);
     for (int64_t r = 0; r < rows; ++r) {

@@ -51,7 +51,7 @@ inline T max_scaled(const T* row, int64_t size, T scale) {
   return at::vec::vec_reduce_all<T>([](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, most);
 }
 
-// exp(x) to 1 ulp for any x that no sum can overflow with: -inf and what lies below the denormals give 0, NaN stays NaN.
+// exp(x) to 1 ulp for finite or -inf x whose exp is finite: 0 at -inf and below the denormals, NaN at NaN.
 template <typename T>
 inline at::vec::Vectorized<T> exp_vector(const at::vec::Vectorized<T>& x) {
   return x.exp();
