@@ -124,8 +124,8 @@ class Measurement:
         truth = self._truth_of(workload)
         eager = Step(workload, build(workload, implementation.build, truth.weights))
         step = Step(workload, eager.module, compiled=True) if implementation.compiled else eager
-        compiled_bounds = COMPILED_BOUNDS if implementation.compiled else None
-        verify(truth, step, implementation.bounds or workload.bounds or compiled_bounds)
+        bounds = workload.bounds or (COMPILED_BOUNDS if implementation.compiled else None)
+        verify(truth, step, bounds, implementation.dtype)
         facts = self._facts(workload, implementation, step, truth.call)
         # A compiled module hides its products; they are those of the module it was compiled from.
         facts["flops"] = count_flops(eager, truth.call)

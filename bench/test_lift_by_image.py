@@ -86,7 +86,7 @@ IMPLEMENTATIONS = [
         "liftbyimage bfloat16",
         lambda setting: HalfPrecision(_config(setting)),
         why_not=_why_no_half_precision,
-        bounds={DTYPE: BOUNDS[torch.bfloat16]},
+        dtype=torch.bfloat16,
     ),
 ]
 

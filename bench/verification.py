@@ -26,6 +26,14 @@ class Truth:
     oracle: dict[str, Tensor]
     plain: dict[str, Tensor]
 
+    def plain_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the reference makes of them in `dtype`."""
+        if dtype == DTYPE:
+            return self.plain
+        module = build(self.workload, self.workload.reference, self.weights).to(dtype)
+        few = self.call.map(lambda tensor: tensor[self.samples].to(dtype))
+        return Step(self.workload, module).results(few)
+
 
 def find_truth(workload: Workload) -> Truth:
     batch, half = workload.setting.B, VERIFIED_SAMPLES // 2
@@ -40,13 +48,13 @@ def find_truth(workload: Workload) -> Truth:
     return Truth(workload, weights, call, samples, oracle, plain)
 
 
-def verify(truth: Truth, step: Step, bounds: Mapping[torch.dtype, float] | None) -> None:
+def verify(truth: Truth, step: Step, bounds: Mapping[torch.dtype, float] | None, dtype: torch.dtype) -> None:
     """Every output and gradient of `step` equals the reference's, or AssertionError names the one that does not.
 
     The rule is that of liftbyimage.testing, or, where `bounds` are given, a largest error relative to the result's RMS.
     """
     workload = truth.workload
-    results = step.results(truth.call)
+    results, plain = step.results(truth.call), truth.plain_in(dtype)
     assert results.keys() == truth.oracle.keys(), f"results {sorted(results)}, expected {sorted(truth.oracle)}"
     for name, actual in results.items():
         if not workload.verified_whole:
@@ -55,15 +63,15 @@ def verify(truth: Truth, step: Step, bounds: Mapping[torch.dtype, float] | None)
             actual = actual[truth.samples]
         oracle = truth.oracle[name]
         if bounds is not None:
-            _assert_within_bound(name, actual, truth, bounds[DTYPE])
+            _assert_within_bound(name, actual, truth.oracle, plain[name], bounds[dtype])
         elif oracle.dtype == torch.int64:
             assert torch.equal(actual, oracle), f"{name}: differs from the reference"
         else:
-            assert_close(name, actual, oracle, truth.plain[name], DTYPE)
+            assert_close(name, actual, oracle, plain[name], dtype)
 
 
-def _assert_within_bound(name: str, actual: Tensor, truth: Truth, bound: float) -> None:
-    oracle, plain = truth.oracle[name], truth.plain[name]
+def _assert_within_bound(name: str, actual: Tensor, oracles: Mapping[str, Tensor], plain: Tensor, bound: float) -> None:
+    oracle = oracles[name]
     assert actual.shape == oracle.shape, f"{name}: shape {list(actual.shape)}, expected {list(oracle.shape)}"
     if oracle.dtype == torch.int64:
         # Rounding may swap patches of all but equal importance: the sets that were kept are compared.
@@ -72,7 +80,7 @@ def _assert_within_bound(name: str, actual: Tensor, truth: Truth, bound: float) 
         assert agreement >= 1 - bound, f"{name}: {agreement:.5f} agree with the reference, expected {1 - bound}"
         return
     # Some gradients are zero but for rounding (a bias before a difference of joints): the largest result sets a floor.
-    floating = [_rms(result) for result in truth.oracle.values() if result.is_floating_point()]
+    floating = [_rms(result) for result in oracles.values() if result.is_floating_point()]
     scale = max(_rms(oracle), bound * max(floating))
     error = (actual.double() - oracle).abs().max().item()
     allowed = 2 * (plain.double() - oracle).abs().max().item() + bound * scale

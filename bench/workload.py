@@ -38,15 +38,15 @@ class Implementation:
     """One way to compute a setting.
 
     `build(setting)` gives a module that maps the inputs to a tuple of outputs and has the reference's state dict.
-    `why_not(setting)` is the reason it has no row, or None. `bounds` replaces the workload's where the implementation
-    computes in another precision.
+    `why_not(setting)` is the reason it has no row, or None. `dtype` is what it computes in, where it is not that of the
+    run: its errors are then judged beside those of the reference in that dtype.
     """
 
     name: str
     build: Callable[[Setting], nn.Module]
     compiled: bool = False
     why_not: Callable[[Setting], str | None] = lambda setting: None
-    bounds: Mapping[torch.dtype, float] | None = None
+    dtype: torch.dtype = DTYPE
 
     def __str__(self) -> str:
         return self.name
