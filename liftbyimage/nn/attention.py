@@ -39,6 +39,11 @@ class _Projections(nn.Module):
         """[B, H, N, D / H] → [B, N, D]"""
         return tokens.transpose(1, 2).flatten(2)
 
+    def multiply_heads(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Each head's share of tokens [B, J, D] by its own weight [H, D / H, N] → [B, H, J, N]"""
+        by_head = tokens.flatten(0, 1).unflatten(1, (self.heads, -1)).transpose(0, 1)  # [H, B·J, D / H]
+        return torch.bmm(by_head, weight).unflatten(1, tokens.shape[:2]).transpose(0, 1)
+
 
 class JointAttention(_Projections):
     """Multi-head self-attention over the joints [B, J, D]."""
@@ -96,14 +101,18 @@ class PatchAttention(_Projections):
 
     def query(self, joints: Tensor, fold: Tensor | None) -> Tensor:
         """joints [B, J, D] → rows [B, H, J, N], or plain queries [B, H, J, D / H]"""
-        query = self.split(F.linear(joints, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim]))
-        return query if fold is None else query @ fold
+        query = F.linear(joints, self.in_proj_weight[: self.dim], self.in_proj_bias[: self.dim])
+        if fold is None:
+            return self.split(query)
+        return self.multiply_heads(query, fold)
 
     def output(self, context: Tensor, unfold: Tensor | None, value_bias: Tensor | None) -> Tensor:
         """contexts [B, H, J, N] → joints [B, J, D]"""
-        if unfold is not None:
-            context = context @ unfold
-        merged = self.merge(context)
+        if unfold is None:
+            merged = self.merge(context)
+        else:
+            by_head = torch.bmm(context.transpose(0, 1).flatten(1, 2), unfold)  # [H, B·J, D / H]
+            merged = by_head.transpose(0, 1).reshape(context.shape[0], context.shape[2], self.dim)
         return self.out_proj(merged if value_bias is None else merged + value_bias)
 
     def _folds(self) -> tuple[Tensor, Tensor]:
@@ -114,8 +123,8 @@ class PatchAttention(_Projections):
 
     def _factored(self, patches: FactoredPatches) -> Memory:
         channels = patches.channels[:, None]  # [B, 1, P, W]
-        value_weight, value_bias = self.in_proj_weight[2 * self.dim :], self.in_proj_bias[2 * self.dim :]
-        value_bias = torch.addmv(value_bias, value_weight, patches.bias)
+        value_bias = self.in_proj_bias[2 * self.dim :]
+        value_bias = torch.addmv(value_bias, self.in_proj_weight[2 * self.dim :], patches.bias)
         if not patches.shared:
             return Memory(channels, channels, *self._folds(), value_bias, patches.embedding)
         # Both weights meet the embedding in one product: [2·D, D] × [D, W]

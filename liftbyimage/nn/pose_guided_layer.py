@@ -70,6 +70,6 @@ class PoseGuidedLayer(JointSide):
 
     def _pose_rows(self, joints: Tensor) -> Tensor:
         """What each joint sends through each head at full width, [B, H, J, D]: V_J,h times the head's slice of W_g."""
-        heads = self.patch_attention.heads
-        values = self.patch_attention.split(self.pose_value(joints))  # [B, H, J, D / H]
-        return values @ self.image_out_proj.weight.T.unflatten(0, (heads, -1))  # [H, D / H, D]
+        attention = self.patch_attention
+        weight = self.image_out_proj.weight.T.unflatten(0, (attention.heads, -1))  # [H, D / H, D]
+        return attention.multiply_heads(self.pose_value(joints), weight)
