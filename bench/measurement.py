@@ -14,6 +14,7 @@ import torch
 from machine import DEVICE
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from verification import Truth, find_truth, verify
 from workload import COMPILED_BOUNDS, TRAINING, Call, Implementation, Step, Workload, build, draw, dtype_name
@@ -55,6 +56,25 @@ def _packed_convolution_flops(x: Any, first: Any, second: Any, *args: Any, out_s
     # What follows x is weight and bias, or residual and weight.
     weight = second if second is not None and len(second) == 4 else first
     return int(2 * math.prod(out_shape) * math.prod(weight[1:]))
+
+
+class _OperationCounter(TorchDispatchMode):
+    """How often PyTorch's dispatcher hands work to a backend; views of a tensor are no work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def count_operations(step: Step, call: Call) -> int:
+    """Operations of one call, in forward and backward."""
+    with _OperationCounter() as counter:
+        step(call)
+    return counter.count
 
 
 def peak_memory(step: Step, call: Call) -> int:
@@ -129,6 +149,8 @@ class Measurement:
         facts = self._facts(workload, implementation, step, truth.call)
         # A compiled module hides its products; they are those of the module it was compiled from.
         facts["flops"] = count_flops(eager, truth.call)
+        if not implementation.compiled:
+            facts["operations"] = count_operations(eager, truth.call)
         self.record(workload.group, facts)
         if self.benchmark.enabled:
             calls = rotating_calls(workload, truth.call)

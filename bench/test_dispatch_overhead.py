@@ -37,9 +37,12 @@ def _bare_arguments(op: str, inputs: Inputs) -> list[Any]:
         return list(inputs.values())
     if op in ("joint_queries", "update_joints"):
         return [*inputs.values(), EPS]
-    query, key, scale = inputs["query"], inputs["key"], TINY.E**-0.5
+    query, scale = inputs["query"], TINY.E**-0.5
+    if op == "guide_patches":
+        return [query, inputs["channels"], scale]
+    key = inputs["key"]
     if op == "attend_patches":
-        return [query, key, None, scale, False]
+        return [query, key, None, scale, False, True]
     return [query, key, None, inputs["pose_value"], inputs["patches"], scale]
 
 

@@ -19,6 +19,7 @@ COLUMNS = (
     "of matmul rate",
     "of copy rate",
     "peak memory MB",
+    "operations",
 )
 SUMMARY_COLUMNS = (
     "work",
@@ -47,6 +48,7 @@ class Row:
     fraction_of_matmul: float | None
     fraction_of_copy: float | None
     peak_memory_bytes: float | None
+    operations: float | None  # that PyTorch dispatched in one call
 
 
 def table(json_path: str | Path) -> str:
@@ -130,7 +132,7 @@ def _parse(label: str, entry: Any) -> Row:
     seconds = _figure(stats.get("median")) if isinstance(stats, dict) else None
     if seconds is None or seconds <= 0:
         raise ValueError(f'{label} has no positive "median" in its "stats"')
-    names = ("gflops", "fraction_of_matmul", "fraction_of_copy", "peak_memory_bytes")
+    names = ("gflops", "fraction_of_matmul", "fraction_of_copy", "peak_memory_bytes", "operations")
     figures = {name: _figure(facts.get(name)) for name in names}
     shape = facts.get("shape")
     work = " ".join(str(facts[name]) for name in ("op", "direction", "dtype") if name in facts)
@@ -177,6 +179,7 @@ def _cells(group: str, row: Row, reference: float | None) -> list[str]:
         _percent(row.fraction_of_matmul),
         _percent(row.fraction_of_copy),
         NO_FIGURE if row.peak_memory_bytes is None else _significant(row.peak_memory_bytes / 1e6),
+        NO_FIGURE if row.operations is None else f"{row.operations:.0f}",
     ]
 
 
