@@ -155,6 +155,7 @@ def _sample_calls(device: str) -> dict[str, tuple[Tensor, ...]]:
     return {
         "attend_patches": (query, key, key),
         "pose_guided_attention": (query, key, key, torch.zeros_like(query), rows),
+        "guide_patches": (query, rows),
         "prune_patches": (rows, importance),
         "joint_queries": (rows,),
         "update_joints": (rows, query),

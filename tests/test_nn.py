@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from liftbyimage import _extension
 from liftbyimage.nn import FeatureSelection, PoseGuidedLayer, TransformerLayer
 from liftbyimage.reference.lift_by_image import GuidedLayer
+from liftbyimage.testing import spy
 
 DIM, HEADS, JOINTS, PATCHES = 64, 4, 17, 53
 
@@ -144,3 +146,33 @@ def test_load_decoder_layer_is_strict():
     del state["norm3.bias"]
     with pytest.raises(RuntimeError, match="norm3.bias"):
         TransformerLayer(DIM, HEADS).load_decoder_layer(state)
+
+
+@pytest.mark.parametrize("layer", [TransformerLayer, PoseGuidedLayer])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inference_runs_the_joint_side_in_two_ops(layer, dtype, monkeypatch):
+    """Without gradients the fused ops serve, and give what the steps one by one give."""
+    torch.manual_seed(6)
+    module = layer(DIM, HEADS, dropout=0.5).to(dtype).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    joints, patches = tokens(dtype)
+    expected = module(joints, patches)
+    with torch.no_grad(), spy("joint_queries", monkeypatch) as asked, spy("update_joints", monkeypatch) as digested:
+        actual = module(joints, patches)
+    served = [] if _extension.CPU_MISSING else ["cpu"]
+    assert asked == digested == served
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["dropout", "backend", "dtype"])
+def test_the_joint_side_goes_step_by_step_where_no_kernel_serves(change, monkeypatch):
+    module = TransformerLayer(DIM, HEADS, dropout=0.5).train(change == "dropout")
+    joints, patches = (tensor.detach() for tensor in tokens())
+    if change == "backend":
+        monkeypatch.setenv("LIFTBYIMAGE_BACKEND", "reference")
+    if change == "dtype":
+        module, joints, patches = module.bfloat16(), joints.bfloat16(), patches.bfloat16()
+    with torch.no_grad(), spy("joint_queries", monkeypatch) as ran:
+        assert module(joints, patches).isfinite().all()
+    assert ran == []

@@ -9,6 +9,8 @@ from liftbyimage.nn.attention import FeedForward, JointAttention, PatchAttention
 from liftbyimage.nn.factored_patches import FactoredPatches
 from liftbyimage.nn.formulation import AttentionSize, Formulation, check_formulation
 from liftbyimage.ops import joint_queries, update_joints
+from liftbyimage.ops._dispatch import has_kernel
+from liftbyimage.ops.joint_queries import BACKENDS
 
 
 class JointSide(nn.Module):
@@ -47,7 +49,7 @@ class JointSide(nn.Module):
 
     def ask(self, joints: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
         """joints [B, J, D] after self-attention, and their query rows [B, H, J, N]."""
-        if self._fuses():
+        if self._fuses(joints):
             own, other, norm = self.self_attention, self.patch_attention, self.norm1
             weights = (own.in_proj_weight, own.in_proj_bias, own.out_proj.weight, own.out_proj.bias)
             query = (other.in_proj_weight[: self.dim], other.in_proj_bias[: self.dim])
@@ -57,7 +59,7 @@ class JointSide(nn.Module):
 
     def digest(self, joints: Tensor, context: Tensor, unfold: Tensor | None, value_bias: Tensor | None) -> Tensor:
         """joints [B, J, D] after what they gathered, contexts [B, H, J, N], and the feed-forward."""
-        if self._fuses():
+        if self._fuses(joints):
             out, feed, norms = self.patch_attention.out_proj, self.feed_forward, (self.norm2, self.norm3)
             (weight2, bias2), (weight3, bias3) = ((norm.weight, norm.bias) for norm in norms)
             linear = (feed.linear1.weight, feed.linear1.bias, feed.linear2.weight, feed.linear2.bias)
@@ -67,9 +69,11 @@ class JointSide(nn.Module):
         joints = self.norm2(joints + self.dropout(attended))
         return self.norm3(joints + self.dropout(self.feed_forward(joints)))
 
-    def _fuses(self) -> bool:
-        """Whether nothing asks for the steps one by one: no gradient, which would recompute them, and no dropout."""
-        return not torch.is_grad_enabled() and not (self.training and self.dropout.p > 0)
+    def _fuses(self, joints: Tensor) -> bool:
+        """Whether the fused ops have a kernel for `joints` and nothing asks for the steps one by one: no gradient,
+        which would recompute them, and no dropout."""
+        inference = not torch.is_grad_enabled() and not (self.training and self.dropout.p > 0)
+        return inference and has_kernel(BACKENDS, joints)
 
     def check_tokens(self, joints: Tensor, patches: Tensor | FactoredPatches) -> None:
         name = type(self).__name__

@@ -65,6 +65,13 @@ def select(op: str, backends: Sequence[Backend], requested: str | None, *tensors
     return backend
 
 
+def has_kernel(backends: Sequence[Backend], *tensors: Tensor) -> bool:
+    """Whether more than the reference would serve `tensors`, under the environment's demand if there is one."""
+    demanded = demanded_backend()
+    kernels = (backend for backend in backends if backend.forward is not None and demanded in (None, backend.name))
+    return any(backend.why_not(*tensors) is None for backend in kernels)
+
+
 def never(*tensors: Tensor) -> str | None:
     """`why_not` of the reference: it serves everything."""
     return None
