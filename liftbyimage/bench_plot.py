@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from liftbyimage.bench_report import OURS, REFERENCE, Row, read_rows
 
@@ -62,19 +63,24 @@ def _varying(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _draw(axes: Axes, axis: str, rows: Sequence[Row], work: str) -> None:
+    axes.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="median ms")
+    sizes: list[int] = []
     for name, colour in COLOURS.items():
         points = sorted(
             (row.shape[axis], 1e3 * row.seconds) for row in rows if row.shape and row.implementation == name
         )
         if points:
-            sizes, times = zip(*points, strict=True)
+            sizes, times = ([*values] for values in zip(*points, strict=True))
             label = f"{name}: {axis}$^{{{exponent(sizes, times):.2f}}}$" if len(points) >= MIN_POINTS else name
             axes.plot(sizes, times, "o-", color=colour, label=label)
-            axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="median ms", title=work)
-    axes.set_xticks([], minor=True)
-    axes.grid(True, which="both", color="#DADADA", linewidth=0.5)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.minorticks_off()
+    axes.grid(True, color="#DADADA", linewidth=0.5)
     axes.legend(frameon=False)
+    fixed = next(row.shape for row in rows if row.shape)
+    axes.set_title(f"{work}, " + ", ".join(f"{other} {fixed[other]}" for other in AXES if other != axis), fontsize=9)
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
