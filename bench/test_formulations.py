@@ -86,7 +86,7 @@ def implementations(setting: Setting, origin: str) -> Iterator[Implementation]:
     for formulation in sorted(FORMULATIONS, key=lambda formulation: formulation != auto):  # the choice first
         chosen = ", chosen by auto" if formulation == auto else ""
         yield Implementation(
-            f"liftbyimage {formulation}{chosen}", lambda setting, formulation=formulation: build(setting, formulation)
+            f"{formulation}{chosen}", lambda setting, formulation=formulation: build(setting, formulation)
         )
 
 

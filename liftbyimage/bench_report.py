@@ -75,6 +75,8 @@ def table(json_path: str | Path) -> str:
 def summary(json_path: str | Path) -> str:
     """The same run with one line per work: plain PyTorch, the best way without this library, and this library.
 
+    Where the library has several rows (another precision, another backend) each after the first gets its own line.
+
     Args, Raises: as `table`. Work that lacks the reference or a liftbyimage row is left out.
     """
     data, rows = read_rows(json_path)
@@ -84,15 +86,17 @@ def summary(json_path: str | Path) -> str:
         ours = [row for name, row in members.items() if name.startswith(OURS)]
         if REFERENCE in members and ours:
             others = [row for name, row in members.items() if not name.startswith(OURS) and name != REFERENCE]
-            lines.append(_line(_summary_cells(group, members[REFERENCE], others, ours[0])))
+            for i, row in enumerate(ours):
+                label = f"{group}: {row.implementation}" if i else group
+                lines.append(_line(_summary_cells(label, members[REFERENCE], others, row)))
     return "\n".join([_provenance(data), "", *lines])
 
 
-def _summary_cells(group: str, reference: Row, others: list[Row], ours: Row) -> list[str]:
+def _summary_cells(label: str, reference: Row, others: list[Row], ours: Row) -> list[str]:
     best = min(others, key=lambda row: row.seconds, default=None)
     memories = ours.peak_memory_bytes, reference.peak_memory_bytes
     return [
-        group,
+        label,
         _significant(1e3 * reference.seconds),
         f"{_significant(1e3 * best.seconds)} ({best.implementation})" if best else NO_FIGURE,
         _significant(1e3 * ours.seconds),

@@ -111,6 +111,7 @@ def configurations() -> list[tuple[str, dict[str, Any]]]:
     return [
         ("bf16 width 256 shared", attention_calls(half, 256, 1, True)),
         ("bf16 width 48 shared", attention_calls(half, 48, 1, True)),
+        ("bf16 width 184 shared", attention_calls(half, 184, 1, True)),
         ("bf16 width 256 separate", attention_calls(half, 256, 1, False)),
         ("bf16 width 32 per head", attention_calls(half, 32, 8, False)),
         ("bf16 width 512 separate", attention_calls(half, 512, 1, False)),

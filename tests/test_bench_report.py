@@ -57,12 +57,14 @@ def results(tmp_path: Path) -> Path:
 def test_summary_has_one_line_per_work_that_has_both(results: Path) -> None:
     data = json.loads(results.read_text())
     data["benchmarks"] += [_entry(LAYER, "torch.compile", 0.08), _entry(LAYER, "nn.MultiheadAttention", 0.11)]
+    data["benchmarks"] += [_entry(LAYER, "liftbyimage bfloat16", 0.01)]
     results.write_text(json.dumps(data))
     assert summary(results).splitlines()[2:] == [
         "| work | plain PyTorch ms | best other way, ms | liftbyimage ms | against plain PyTorch "
         "| against the best other | of matmul rate | peak memory, of plain |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         f"| {LAYER} | 100 | 80.0 (torch.compile) | 20.1 | 5.00× | 3.99× | 87 % | 0.32 |",
+        f"| {LAYER}: liftbyimage bfloat16 | 100 | 80.0 (torch.compile) | 10.0 | 10.03× | 8.00× | – | – |",
     ]
     assert CliRunner().invoke(cli.app, ["bench-report", "--summary", str(results)]).stdout == summary(results) + "\n"
 

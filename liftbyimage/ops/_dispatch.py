@@ -72,6 +72,11 @@ def has_kernel(backends: Sequence[Backend], *tensors: Tensor) -> bool:
     return any(backend.why_not(*tensors) is None for backend in kernels)
 
 
+def needs_graph(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records a call with these inputs; without, its Function need not be entered."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
 def never(*tensors: Tensor) -> str | None:
     """`why_not` of the reference: it serves everything."""
     return None

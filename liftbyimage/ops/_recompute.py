@@ -19,11 +19,6 @@ def backward_op(name: str, schema: str, backward: Callable[..., list[Tensor]], f
     return getattr(torch.ops.liftbyimage, name).default
 
 
-def needs_graph(inputs: Sequence[Tensor | None]) -> bool:
-    """Whether autograd records a call with these inputs; without, its Function need not be entered."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-
-
 def wanted_of(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
     """The inputs whose gradients are wanted."""
     return [tensor for tensor, want in zip(inputs, wanted, strict=True) if want and tensor is not None]

@@ -25,6 +25,7 @@ from liftbyimage.ops._dispatch import (
     autocast,
     count_flops,
     native_op,
+    needs_graph,
     never,
     select,
     triton_op,
@@ -173,6 +174,22 @@ BACKENDS = (
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    need_attention: bool,
+    need_importance: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """context, importance, attention, log-sum-exp; what is not wanted has shape [0]."""
+    forward = _BY_NAME[backend].forward
+    assert forward is not None
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = forward(query, key, value, scale, need_attention, need_importance)
+    return outputs
+
+
 class _AttendPatches(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -185,9 +202,7 @@ class _AttendPatches(torch.autograd.Function):
         need_importance: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        forward = _BY_NAME[backend].forward
-        assert forward is not None
-        context, importance, attention, lse = forward(query, key, value, scale, need_attention, need_importance)
+        context, importance, attention, lse = _run(query, key, value, scale, need_attention, need_importance, backend)
         ctx.save_for_backward(query, key, value, context, lse)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.backend = scale, backend
@@ -258,7 +273,8 @@ def attend_patches(
     chosen = select(OP, BACKENDS, backend, query, key, value)
     if chosen.forward is None:
         return reference(query, key, value, scale=scale, need_attention=need_attention, need_importance=need_importance)
-    context, importance, attention = _AttendPatches.apply(
+    run = _AttendPatches.apply if needs_graph((query, key, value)) else _run
+    context, importance, attention, *_ = run(
         query, key, None if shared else value, scale, bool(need_attention), bool(need_importance), chosen.name
     )
     return AttendedPatches(context, importance if need_importance else None, attention if need_attention else None)

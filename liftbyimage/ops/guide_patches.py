@@ -31,6 +31,7 @@ from liftbyimage.ops._dispatch import (
     autocast,
     count_flops,
     native_op,
+    needs_graph,
     never,
     select,
     triton_op,
@@ -134,12 +135,18 @@ BACKENDS = (
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
+def _run(query: Tensor, channels: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """context, guided channels, log-sum-exp"""
+    forward = _BY_NAME[backend].forward
+    assert forward is not None
+    outputs: tuple[Tensor, Tensor, Tensor] = forward(query, channels, scale)
+    return outputs
+
+
 class _GuidePatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, channels: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-        forward = _BY_NAME[backend].forward
-        assert forward is not None
-        context, guided, lse = forward(query, channels, scale)
+        context, guided, lse = _run(query, channels, scale, backend)
         ctx.save_for_backward(query, channels, context, lse)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.backend = scale, backend
@@ -185,4 +192,6 @@ def guide_patches(
     chosen = select(OP, BACKENDS, backend, query, channels)
     if chosen.forward is None:
         return reference(query, channels, scale=scale)
-    return GuidedPatches(*_GuidePatches.apply(query, channels, scale, chosen.name))
+    run = _GuidePatches.apply if needs_graph((query, channels)) else _run
+    context, guided, *_ = run(query, channels, scale, chosen.name)
+    return GuidedPatches(context, guided)

@@ -33,6 +33,7 @@ from liftbyimage.ops._dispatch import (
     autocast,
     count_flops,
     native_op,
+    needs_graph,
     never,
     select,
     triton_op,
@@ -195,6 +196,22 @@ BACKENDS = (
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    pose_value: Tensor,
+    patches: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """context, patches, importance, log-sum-exp"""
+    forward = _BY_NAME[backend].forward
+    assert forward is not None
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = forward(query, key, value, pose_value, patches, scale)
+    return outputs
+
+
 class _PoseGuidedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -207,9 +224,7 @@ class _PoseGuidedAttention(torch.autograd.Function):
         scale: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        forward = _BY_NAME[backend].forward
-        assert forward is not None
-        context, patches_out, importance, lse = forward(query, key, value, pose_value, patches, scale)
+        context, patches_out, importance, lse = _run(query, key, value, pose_value, patches, scale, backend)
         ctx.save_for_backward(query, key, value, pose_value, context, lse)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.backend, ctx.patches_is_key = scale, backend, patches is None
@@ -286,5 +301,6 @@ def pose_guided_attention(
         return reference(query, key, value, pose_value, patches, scale=scale)
     separate_value = None if value_is_key else value
     separate_patches = None if patches_is_key else patches
-    outputs = _PoseGuidedAttention.apply(query, key, separate_value, pose_value, separate_patches, scale, chosen.name)
-    return PoseGuidedAttention(*outputs)
+    run = _PoseGuidedAttention.apply if needs_graph((query, key, value, pose_value, patches)) else _run
+    outputs = run(query, key, separate_value, pose_value, separate_patches, scale, chosen.name)
+    return PoseGuidedAttention(*outputs[:3])

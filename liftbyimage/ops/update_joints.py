@@ -27,12 +27,13 @@ from liftbyimage.ops._dispatch import (
     autocast,
     count_flops,
     native_op,
+    needs_graph,
     never,
     no_autocast,
     select,
     why_not_cpu_in_full_precision,
 )
-from liftbyimage.ops._recompute import backward_op, gradients, needs_graph, spread, wanted_of
+from liftbyimage.ops._recompute import backward_op, gradients, spread, wanted_of
 
 OP = "update_joints"
 
