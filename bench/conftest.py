@@ -10,9 +10,7 @@ import pytest
 import torch
 from measurement import Measurement
 from verification import Truth
-from workload import FORWARD, TRAINING, Setting
-
-CENTRAL = {"P": 3072, "D": 256}
+from workload import CENTRAL, FORWARD, TRAINING, Setting
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,8 @@ def plot_scaling(json_path: str | Path) -> Figure:
     """
     _, rows = read_rows(json_path)
     works: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.shape is not None and row.implementation in COLOURS:
-            works.setdefault(row.work, []).append(row)
+    for row in _reference_and_ours(rows):
+        works.setdefault(row.work, []).append(row)
     panels = {work: varying for work, members in works.items() if (varying := _varying(members))}
     if not panels:
         raise ValueError(f"benchmark results {json_path}: no size takes {MIN_POINTS} values: run with --scaling")
@@ -47,6 +47,16 @@ def plot_scaling(json_path: str | Path) -> Figure:
             else:
                 axes.set_visible(False)
     return figure
+
+
+def _reference_and_ours(rows: Sequence[Row]) -> list[Row]:
+    """Of every group the reference and the library's first row."""
+    chosen: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        name = OURS if row.implementation.startswith(OURS) else row.implementation
+        if row.shape is not None and name in COLOURS:
+            chosen.setdefault((row.group, name), replace(row, implementation=name))
+    return [*chosen.values()]
 
 
 def _varying(rows: Sequence[Row]) -> dict[str, list[Row]]:

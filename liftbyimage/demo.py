@@ -74,13 +74,16 @@ def _measure(pipeline: Pipeline, scenes: TrainingScenes) -> tuple[dict[str, str]
     _require_equal(lifter(features, pose_2d), reference(features, pose_2d))
 
     patches = lifter.embed_patches(features)
-    patches = patches.channels if isinstance(patches, FactoredPatches) else patches  # [B, P, W]
-    rows = patches.new_empty(TIMED_BATCH, lifter.config.heads, lifter.config.num_joints, patches.shape[2])
-    tokens, importance = patches[:, None], patches[..., 0]
+    assert isinstance(patches, FactoredPatches)
+    channels, config = patches.channels, lifter.config  # [B, P, W]
+    rows = channels.new_empty(TIMED_BATCH, config.heads, config.num_joints, channels.shape[2])
+    joints = channels.new_empty(TIMED_BATCH, config.num_joints, config.dim)
     calls = {
-        "attend_patches": (rows, tokens, tokens),
-        "pose_guided_attention": (rows, tokens, tokens, rows, patches),
-        "prune_patches": (patches, importance),
+        "attend_patches": (rows, channels[:, None], channels[:, None]),
+        "guide_patches": (rows, channels),
+        "prune_patches": (channels, channels[..., 0]),
+        "joint_queries": (joints,),
+        "update_joints": (joints, rows),
     }
     backends = {op: next(s.name for s in explain(op, *tensors) if s.serves) for op, tensors in calls.items()}
     ratios = {}

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from liftbyimage import ops
+from liftbyimage import _extension, ops
 from liftbyimage.models import LiftByImage, LiftByImageConfig
 from liftbyimage.nn import FactoredPatches, FeatureSelection, PoseGuidedLayer, TransformerLayer
 from liftbyimage.nn.formulation import AttentionSize
 from liftbyimage.reference import ReferenceLiftByImage
+from liftbyimage.testing import spy
 
 DIM, HEADS, JOINTS, PATCHES, WIDTH, BATCH = 64, 4, 5, 53, 12, 2
 FORMULATIONS = ("projected", "absorbed", "factored", "auto")
@@ -221,16 +222,33 @@ def test_tokens_are_formed_once_where_many_read_them():
     assert size.cheapest_to_read(dense, 3) is dense
 
 
-def test_autocast_and_compile_take_factored_patches():
+def test_whole_model_compiles():
     model = LiftByImage(CONFIG).eval()
     features, pose_2d = torch.randn(1, 6, 8, 6), torch.rand(1, JOINTS, 2)
     with torch.no_grad():
         expected = model(features, pose_2d)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(features, pose_2d)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast = model(features, pose_2d)
     torch.testing.assert_close(compiled.pose_3d, expected.pose_3d, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cast.coarse_pose_3d.float(), expected.coarse_pose_3d, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("demanded", ["", "cpu"])
+@pytest.mark.parametrize("half_features", [False, True])
+def test_autocast_is_the_same_with_and_without_gradients(demanded, half_features, monkeypatch):
+    """The joint side's kernels take no half types, so that its steps are cast one by one, as they are in training."""
+    if demanded and _extension.CPU_MISSING:
+        pytest.skip(_extension.CPU_MISSING)
+    monkeypatch.setenv("LIFTBYIMAGE_BACKEND", demanded)
+    model = randomise(LiftByImage(CONFIG)).eval()
+    features, pose_2d = torch.randn(2, 6, 8, 6), torch.rand(2, JOINTS, 2)
+    features = features.bfloat16() if half_features else features
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recorded = model(features, pose_2d)
+        with torch.no_grad(), spy("joint_queries", monkeypatch) as ran:
+            result = model(features, pose_2d)
+        assert model.train()(features, pose_2d).pose_3d.isfinite().all()
+    assert ran == []
+    assert recorded.pose_3d.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(recorded, result, strict=True))
 
 
 @pytest.mark.parametrize("patches, joints, heads", [(1, 5, 4), (53, 1, 4), (1, 1, 1)])
@@ -253,6 +271,15 @@ def test_bad_factors():
         FactoredPatches(channels, torch.zeros(3, 12, 8), torch.zeros(8))
     with pytest.raises(ValueError, match=r"^FactoredPatches: bias must have shape \[8\], got \[7\]$"):
         FactoredPatches(channels, torch.zeros(12, 8), torch.zeros(7))
+    with pytest.raises(TypeError, match="^FactoredPatches: channels must be a tensor, got list$"):
+        FactoredPatches([1], torch.zeros(12, 8), torch.zeros(8))
+    expected = "^FactoredPatches: bias must have channels' dtype torch.float32, got torch.float64$"
+    with pytest.raises(TypeError, match=expected):
+        FactoredPatches(channels, torch.zeros(12, 8), torch.zeros(8).double())
+    with pytest.raises(ValueError, match="^FactoredPatches: embedding must be on channels' device cpu, got meta$"):
+        FactoredPatches(channels, torch.zeros(12, 8, device="meta"), torch.zeros(8))
+    patches = FactoredPatches(channels, torch.zeros(12, 8), torch.zeros(8))
+    assert patches == patches and patches != patches.detach()
 
 
 @pytest.mark.parametrize("layer", [TransformerLayer(8, 4), PoseGuidedLayer(8, 4)], ids=["plain", "guided"])
@@ -261,6 +288,8 @@ def test_bad_patches(layer):
     joints = torch.zeros(2, 5, 8)
     with pytest.raises(TypeError, match=f"^{name}: patches must be a tensor or FactoredPatches, got list$"):
         layer(joints, [])
+    with pytest.raises(TypeError, match=f"^{name}: joints must be a tensor, got NoneType$"):
+        layer(None, torch.zeros(2, 5, 8))
     wrong = FactoredPatches(torch.zeros(2, 5, 3), torch.zeros(3, 7), torch.zeros(7))
     with pytest.raises(ValueError, match=rf"^{name}: patches must have shape \[B, P, 8\], got \[2, 5, 7\]$"):
         layer(joints, wrong)

@@ -1,6 +1,9 @@
 """One suite for all ops: every case × backend × dtype against the float64 reference, and the shared promises."""
 
 import itertools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -232,6 +235,20 @@ def test_bfloat16_in_float32_where_torch_may_not_use_onednn(op):
     require(op, "cpu", inputs)
     with torch.backends.mkldnn.flags(enabled=False):
         check_against_float64(op, inputs, torch.bfloat16, "cpu")
+
+
+def test_bfloat16_in_float32_where_onednn_may_not_use_the_instructions():
+    """The environment can forbid oneDNN what the processor offers; oneDNN itself is asked, once per process."""
+    inputs = make_inputs("attend_patches", SMALL["attend_patches"], torch.bfloat16)
+    require("attend_patches", "cpu", inputs)
+    program = (
+        "import torch; from liftbyimage.testing import Case, check_against_float64, make_inputs;"
+        "inputs = make_inputs('attend_patches', Case('', H=8, P=70, value_is_key=True), torch.bfloat16);"
+        "check_against_float64('attend_patches', inputs, torch.bfloat16, 'cpu')"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_concurrent_callers_get_what_a_serial_run_gets():

@@ -407,7 +407,9 @@ class BackwardBlock {
 template <typename S>
 void Attention<S>::forward(const ForwardInputs<S>& in, const ForwardOutputs<S>& out) const {
   const bool spreads = out.importance != nullptr || out.attention != nullptr || out.patches != nullptr;
-  const int64_t row_size = spreads ? shape_.patches : tile_count(shape_) * shape_.value_width;
+  // What a row keeps: its scores, or without anything to spread those of one tile and its shares of the context.
+  const int64_t passing = std::max(tile_patches(shape_), tile_count(shape_) * shape_.value_width);
+  const int64_t row_size = spreads ? shape_.patches : passing;
   const int64_t rows = rows_per_block(shape_, row_size * sizeof(T));
   ForwardBlock<S> scratch(shape_, scale_, rows, spreads);
   for_each_block(shape_, rows, [&](const RowBlock& block) { scratch.run(in, out, block); });

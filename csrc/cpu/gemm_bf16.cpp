@@ -3,7 +3,8 @@
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
-#include <cstring>
+#include <algorithm>
+#include <exception>
 #include <type_traits>
 
 #include "tiles.h"
@@ -95,9 +96,28 @@ void multiply(Transpose transpose_a, Transpose transpose_b, int64_t m, int64_t n
 
 }  // namespace
 
+namespace {
+
+// Asked of oneDNN itself: torch may be built without these kernels, and the environment may forbid it the instructions.
+bool multiplies_bf16() {
+  if (!__builtin_cpu_supports("avx512bf16") || !at::globalContext().hasMKLDNN()) {
+    return false;
+  }
+  const BFloat16 ones[2] = {1, 1};
+  float product = 0;
+  try {
+    multiply(Transpose::no, Transpose::no, 1, 1, 2, ones, 2, ones, 1, false, &product, 1);
+  } catch (const std::exception&) {
+    return false;
+  }
+  return product == 2;
+}
+
+}  // namespace
+
 bool has_bf16_products() {
-  static const bool processor = __builtin_cpu_supports("avx512bf16");
-  return processor && at::globalContext().hasMKLDNN() && at::globalContext().userEnabledMkldnn();
+  static const bool possible = multiplies_bf16();
+  return possible && at::globalContext().userEnabledMkldnn();
 }
 
 void gemm_bf16(Transpose transpose_a, Transpose transpose_b, int64_t m, int64_t n, int64_t k, const float* a,

@@ -52,7 +52,7 @@ def fold_batch_norm(module: nn.Module, method: str = "forward") -> fx.GraphModul
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str = "forward") -> None:
         # Checks of an input read its type and sizes: they stay calls, made anew for every input.
         super().__init__(autowrap_functions=(check_images,))
         self.traced_func_name = method

@@ -62,10 +62,10 @@ class PackedConv2d(nn.Module):
         if residual is None:
             unary = "relu" if self.relu else "none"
             return torch.ops.mkldnn._convolution_pointwise.default(x, *arguments, unary, [], None)
-        if residual.shape == self._output_shape(x):
+        if residual.shape == self._output_shape(x) and residual.dtype == x.dtype:
             relu = "relu" if self.relu else None
             return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], None)
-        # The fused op does not broadcast.
+        # The fused op neither broadcasts nor promotes.
         out = torch.ops.mkldnn._convolution_pointwise.default(x, *arguments, "none", [], None) + residual
         return out.relu_() if self.relu else out
 

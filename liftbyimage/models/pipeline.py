@@ -39,7 +39,8 @@ class Pipeline(nn.Module):
 
         The encoder may compute in another dtype than the lifter, whose dtype is that of `pose_2d`.
         """
-        return self.lifter(self.encoder.features(images).to(pose_2d.dtype), pose_2d)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.report is None):
+            return self.lifter(self.encoder.features(images).to(pose_2d.dtype), pose_2d)
 
     def optimize(self, images: Tensor, *, dtype: torch.dtype | None = None, compile: bool = False) -> Pipeline:
         """A copy for inference whose encoder runs in the fastest way found by a few timed calls on this machine.
@@ -55,7 +56,8 @@ class Pipeline(nn.Module):
 
         Returns:
             A new pipeline in evaluation mode, `report` saying what was tried; `self` is untouched and shares nothing
-            with it. It gives no gradients and cannot be trained.
+            with it. It gives no gradients, cannot be trained, and `torch.save` does not take its traced encoder: save
+            `self`, and optimise again where it is loaded.
 
         Raises:
             TypeError, ValueError: `images` or `dtype` of another kind than said; features that are not finite; a

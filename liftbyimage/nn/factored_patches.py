@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FactoredPatches:
     """Patch tokens T = channels · embedding + bias, kept as their factors.
 
@@ -23,6 +23,10 @@ class FactoredPatches:
         embedding: [W, D] for all samples, or [B, W, D] once an update has joined.
         bias: [D].
 
+    Raises:
+        TypeError: a factor is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not fit.
+
     All three are differentiable through everything that reads them. Rounding apart, nothing depends on whether
     tokens are factored.
 
@@ -35,6 +39,18 @@ class FactoredPatches:
 
     def __post_init__(self) -> None:
         channels, embedding, bias = self.channels, self.embedding, self.bias
+        for name, factor in (("channels", channels), ("embedding", embedding), ("bias", bias)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"FactoredPatches: {name} must be a tensor, got {type(factor).__name__}")
+            if factor.device != channels.device:
+                raise ValueError(
+                    f"FactoredPatches: {name} must be on channels' device {channels.device}, got {factor.device}"
+                )
+            # Autocast brings what meets to one dtype by itself.
+            if factor.dtype != channels.dtype and not torch.is_autocast_enabled(channels.device.type):
+                raise TypeError(
+                    f"FactoredPatches: {name} must have channels' dtype {channels.dtype}, got {factor.dtype}"
+                )
         if channels.dim() != 3:
             raise ValueError(f"FactoredPatches: channels must have shape [B, P, W], got {list(channels.shape)}")
         batch, _, width = channels.shape

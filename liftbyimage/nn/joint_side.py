@@ -9,7 +9,7 @@ from liftbyimage.nn.attention import FeedForward, JointAttention, PatchAttention
 from liftbyimage.nn.factored_patches import FactoredPatches
 from liftbyimage.nn.formulation import AttentionSize, Formulation, check_formulation
 from liftbyimage.ops import joint_queries, update_joints
-from liftbyimage.ops._dispatch import has_kernel
+from liftbyimage.ops._dispatch import autocast, has_kernel
 from liftbyimage.ops.joint_queries import BACKENDS
 
 
@@ -73,10 +73,12 @@ class JointSide(nn.Module):
         """Whether the fused ops have a kernel for `joints` and nothing asks for the steps one by one: no gradient,
         which would recompute them, and no dropout."""
         inference = not torch.is_grad_enabled() and not (self.training and self.dropout.p > 0)
-        return inference and has_kernel(BACKENDS, joints)
+        return inference and has_kernel(BACKENDS, *autocast(joints))
 
     def check_tokens(self, joints: Tensor, patches: Tensor | FactoredPatches) -> None:
         name = type(self).__name__
+        if not isinstance(joints, Tensor):
+            raise TypeError(f"{name}: joints must be a tensor, got {type(joints).__name__}")
         if not isinstance(patches, (Tensor, FactoredPatches)):
             raise TypeError(f"{name}: patches must be a tensor or FactoredPatches, got {type(patches).__name__}")
         for argument, tokens, axis in (("joints", joints, "J"), ("patches", patches, "P")):
