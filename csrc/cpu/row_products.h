@@ -10,7 +10,7 @@
 
 // Products of few rows, T = float or double. BLAS packs a weight matrix before it multiplies, which 17 rows do not pay
 // back (it reaches two thirds of its rate there); here the weights are read once, as they are stored. Each element of
-// a result is summed in an order that depends on the inner size only: not on the other rows, the threads or alignment.
+// a result is summed in an order that only the shape of the weight decides: not other rows, threads or alignment.
 namespace liftbyimage::cpu {
 
 // Accumulators of one block: as many as leave registers for the operands.
