@@ -116,7 +116,7 @@ def read_rows(json_path: str | Path) -> tuple[dict[str, Any], list[Row]]:
 
 def _read(label: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{label}: no such file")
+        raise ValueError(f"{label}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

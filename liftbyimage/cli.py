@@ -98,6 +98,9 @@ def lift(
 
         if (out / RESULTS_NAME).resolve() == pose.resolve():
             raise ValueError(f"--out {out} would overwrite the pose file {pose}: choose another folder")
+        for image in images:
+            if not image.is_file():
+                raise ValueError(f"image {image}: {'is a folder' if image.is_dir() else 'no such file'}")
         poses = read_pose_file(pose, images)
         pipeline = _load_pipeline(checkpoint, encoder_weights)
         if checkpoint is None:
@@ -175,5 +178,6 @@ def bench_report(
             from liftbyimage.draw import save_figure
 
             save_figure(plot_scaling(results), plot)
+            typer.echo(f"Wrote {plot}.")
             return
         typer.echo(report.summary(results) if summary else report.table(results))

@@ -27,6 +27,7 @@ from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.models import Pipeline
 
 RESULTS_NAME = "poses.json"
+SMALLEST_PERSON = 8.0  # px
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,8 @@ def lift_images(
         One LiftedImage per image, in their order.
 
     Raises:
-        ValueError: an image cannot be read or has no pose; the pipeline is for another skeleton or crop;
+        ValueError: an image cannot be read or has no pose; its keypoints are not pixels of it; the pipeline is for
+            another skeleton or crop;
             or what it predicts is not finite.
     """
     if batch_size < 1:
@@ -99,6 +101,12 @@ def _crop(path: Path, pose: ImagePose) -> _Crop:
     if not ((pose.keypoints >= 0) & (pose.keypoints < (width, height))).all(axis=1).any():
         raise ValueError(
             f"image {path}: none of its keypoints lies inside its {width}×{height} px; are they pixels of this picture?"
+        )
+    # Normalised coordinates lie inside the picture too, all of them in its first pixels.
+    size = np.ptp(pose.keypoints, axis=0)
+    if size.max() < SMALLEST_PERSON:
+        raise ValueError(
+            f"image {path}: its keypoints span {size[0]:.1f}×{size[1]:.1f} px: are they pixels of this picture?"
         )
     matrix = box_to_crop_matrix(pose.box, CROP_SIZE)
     return _Crop(path, warp_crop(image, matrix), matrix, apply_affine(matrix, pose.keypoints))

@@ -132,6 +132,8 @@ def test_refuses_a_missing_file(tmp_path: Path) -> None:
     run = CliRunner().invoke(cli.app, ["bench-report", str(path)])
     assert (run.exit_code, run.stdout) == (2, "")
     assert run.stderr == f"error: benchmark results {path}: no such file\n"
+    run = CliRunner().invoke(cli.app, ["bench-report", str(tmp_path)])
+    assert (run.exit_code, run.stderr) == (2, f"error: benchmark results {tmp_path}: is a folder\n")
 
 
 def _scaling(tmp_path: Path, sizes: list[tuple[int, int, int]]) -> Path:
@@ -154,7 +156,8 @@ def test_plot_shows_every_size_that_varies_with_its_exponent(tmp_path: Path) -> 
     }
     assert visible[0].lines[1].get_xdata().tolist() == [1, 2, 4]
     out = tmp_path / "scaling.png"
-    assert CliRunner().invoke(cli.app, ["bench-report", str(path), "--plot", str(out)]).exit_code == 0
+    run = CliRunner().invoke(cli.app, ["bench-report", str(path), "--plot", str(out)])
+    assert (run.exit_code, run.stdout) == (0, f"Wrote {out}.\n")
     assert out.read_bytes().startswith(b"\x89PNG")
 
 

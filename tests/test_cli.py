@@ -136,6 +136,8 @@ def test_lift_refuses_bad_input_before_it_writes(small: Path, picture: tuple[Pat
         f"checkpoint {nowhere}: no such file",
         *("lift", image, "--pose", pose, "--checkpoint", nowhere, "--out", out),
     )
+    _refused(f"image {nowhere}: no such file", "lift", nowhere, "--pose", pose, *options)
+    _refused(f"image {tmp_path}: is a folder", "lift", tmp_path, "--pose", pose, *options)
     short = tmp_path / "short.json"
     short.write_text(json.dumps({"keypoints": [[1, 2]] * 16}), encoding="utf-8")
     _refused(f"pose file {short}: the pose has 16 keypoints, expected 17", "lift", image, "--pose", short, *options)

@@ -278,7 +278,13 @@ def test_bad_factors():
         FactoredPatches(channels, torch.zeros(12, 8), torch.zeros(8).double())
     with pytest.raises(ValueError, match="^FactoredPatches: embedding must be on channels' device cpu, got meta$"):
         FactoredPatches(channels, torch.zeros(12, 8, device="meta"), torch.zeros(8))
-    patches = FactoredPatches(channels, torch.zeros(12, 8), torch.zeros(8))
+
+
+def test_factors_move_together_and_say_what_they_are():
+    patches = factored().to(torch.float32)
+    assert patches.dtype == patches.embedding.dtype == patches.bias.dtype == torch.float32
+    assert patches.to("meta").device == patches.to("meta").bias.device == torch.device("meta")
+    assert repr(patches) == "FactoredPatches([2, 53, 64] as 12 channels, one embedding, torch.float32, cpu)"
     assert patches == patches and patches != patches.detach()
 
 
@@ -293,6 +299,14 @@ def test_bad_patches(layer):
     wrong = FactoredPatches(torch.zeros(2, 5, 3), torch.zeros(3, 7), torch.zeros(7))
     with pytest.raises(ValueError, match=rf"^{name}: patches must have shape \[B, P, 8\], got \[2, 5, 7\]$"):
         layer(joints, wrong)
+    with pytest.raises(
+        TypeError, match=f"^{name}: patches must have the layer's dtype torch.float32, got torch.float64$"
+    ):
+        layer(joints, torch.zeros(2, 5, 8).double())
+    with pytest.raises(
+        TypeError, match=f"^{name}: joints must have the layer's dtype torch.float32, got torch.bfloat16$"
+    ):
+        layer(joints.bfloat16(), torch.zeros(2, 5, 8))
     layer.formulation = "factored"
     expected = f"^{name}: formulation 'factored' needs FactoredPatches, got a tensor of tokens$"
     with pytest.raises(TypeError, match=expected):
@@ -312,6 +326,9 @@ def test_a_map_of_another_grid_is_refused():
     expected = r"^LiftByImage: features must have shape \[B, 6, 8, 6\], got \[1, 6, 6, 8\]$"
     with pytest.raises(ValueError, match=expected):
         LiftByImage(CONFIG)(torch.zeros(1, 6, 6, 8), torch.zeros(1, JOINTS, 2))
+    expected = "^LiftByImage: features must have the model's dtype torch.float32, got torch.float64$"
+    with pytest.raises(TypeError, match=expected):
+        LiftByImage(CONFIG)(torch.zeros(1, 6, 8, 6).double(), torch.zeros(1, JOINTS, 2))
 
 
 def test_a_feed_forward_on_patches_forms_them():

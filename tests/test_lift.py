@@ -203,3 +203,15 @@ def test_keypoints_of_another_picture_are_refused(
     )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         lift_images(pipeline, [image], {str(image): elsewhere})
+
+
+def test_normalised_keypoints_are_refused(
+    pipeline: models.Pipeline, inputs: tuple[list[Path], dict[str, ImagePose]]
+) -> None:
+    (image, *_), poses = inputs
+    pose = poses[str(image)]
+    low, span = pose.keypoints.min(axis=0), np.ptp(pose.keypoints, axis=0)
+    normalised = ImagePose((pose.keypoints - low) / span, pose.confidence, pose.box)
+    expected = f"image {image}: its keypoints span 1.0×1.0 px: are they pixels of this picture?"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        lift_images(pipeline, [image], {str(image): normalised})

@@ -130,5 +130,9 @@ def test_bad_input():
         ValueError, match=r"^LiftByImageConfig: grid must be \(Hf, Wf\) of positive ints, got \(0, 4\)$"
     ):
         LiftByImageConfig(grid=(0, 4))
+    with pytest.raises(TypeError, match="^LiftByImage: config must be a LiftByImageConfig, got str$"):
+        LiftByImage("factored")
+    with pytest.raises(TypeError, match="^Pipeline: lifter must be a LiftByImage, got TinyEncoder$"):
+        Pipeline(TinyEncoder(), TinyEncoder())
     with pytest.raises(ValueError, match="^LiftByImageConfig: num_joints must be >= 1, got 0$"):
         LiftByImageConfig(num_joints=0)

@@ -106,6 +106,10 @@ def _with(index: int, point: Any) -> dict[str, Any]:
             {"a.jpg": {"keypoints": [[3, 4]] * 17}},
             "'a.jpg' needs a \"box\": its keypoints span no area to derive one from",
         ),
+        (
+            {"a.jpg": {"keypoints": [[3 * i, 4, 0] for i in range(17)]}},
+            "'a.jpg' needs a \"box\": the confidence of every keypoint is 0",
+        ),
         ([1, 2], "expected an object by image file name, got a list"),
         (
             "{oops",

@@ -160,7 +160,9 @@ def _parse_box(label: str, box: Any) -> np.ndarray:
 
 
 def _default_box(label: str, keypoints: np.ndarray) -> np.ndarray:
-    low, high = (keypoints.min(axis=0), keypoints.max(axis=0)) if len(keypoints) else (np.zeros(2), np.zeros(2))
+    if not len(keypoints):
+        raise ValueError(f'{label} needs a "box": the confidence of every keypoint is 0')
+    low, high = keypoints.min(axis=0), keypoints.max(axis=0)
     margin = BOX_MARGIN * (high - low).max()
     if not margin > 0:
         raise ValueError(f'{label} needs a "box": its keypoints span no area to derive one from')

@@ -94,6 +94,8 @@ class LiftByImage(nn.Module):
 
     def __init__(self, config: LiftByImageConfig | None = None, formulation: Formulation = "auto") -> None:
         super().__init__()
+        if config is not None and not isinstance(config, LiftByImageConfig):
+            raise TypeError(f"LiftByImage: config must be a LiftByImageConfig, got {type(config).__name__}")
         self.config = config = config or LiftByImageConfig()
         self.formulation = check_formulation(formulation)
         if formulation == "factored" and config.image_feed_forward:
@@ -189,6 +191,10 @@ class LiftByImage(nn.Module):
                 f"LiftByImage: features must have shape [B, {', '.join(map(str, expected))}], "
                 f"got {list(features.shape)}"
             )
+        dtype = self.embed.weight.dtype
+        for name, tensor in (("features", features), ("pose_2d", pose_2d)):
+            if tensor.dtype != dtype and not torch.is_autocast_enabled(tensor.device.type):
+                raise TypeError(f"LiftByImage: {name} must have the model's dtype {dtype}, got {tensor.dtype}")
         if tuple(pose_2d.shape) != (features.shape[0], config.num_joints, 2):
             raise ValueError(
                 f"LiftByImage: pose_2d must have shape [{features.shape[0]}, {config.num_joints}, 2], "

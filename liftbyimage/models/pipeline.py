@@ -26,6 +26,8 @@ class Pipeline(nn.Module):
 
     def __init__(self, encoder: nn.Module, lifter: LiftByImage) -> None:
         super().__init__()
+        if not isinstance(lifter, LiftByImage):
+            raise TypeError(f"Pipeline: lifter must be a LiftByImage, got {type(lifter).__name__}")
         channels = getattr(encoder, "channels", None)
         if channels != lifter.config.image_channels:
             raise ValueError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FactoredPatches:
     """Patch tokens T = channels · embedding + bias, kept as their factors.
 
@@ -68,6 +69,14 @@ class FactoredPatches:
         return torch.Size((*self.channels.shape[:2], self.embedding.shape[-1]))
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.channels.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.channels.device
+
+    @property
     def width(self) -> int:
         """W: how many channels stand for the D numbers of a token."""
         return self.channels.shape[2]
@@ -97,6 +106,15 @@ class FactoredPatches:
 
     def detach(self) -> FactoredPatches:
         return FactoredPatches(self.channels.detach(), self.embedding.detach(), self.bias.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> FactoredPatches:
+        """Every factor by `torch.Tensor.to`: another device or dtype."""
+        factors = (self.channels, self.embedding, self.bias)
+        return FactoredPatches(*(factor.to(*args, **kwargs) for factor in factors))
+
+    def __repr__(self) -> str:
+        shared = "one embedding" if self.shared else "an embedding per sample"
+        return f"FactoredPatches({list(self.shape)} as {self.width} channels, {shared}, {self.dtype}, {self.device})"
 
     def _embed(self, channels: Tensor) -> Tensor:
         if self.shared:

@@ -86,5 +86,10 @@ class JointSide(nn.Module):
                 raise ValueError(
                     f"{name}: {argument} must have shape [B, {axis}, {self.dim}], got {list(tokens.shape)}"
                 )
+        dtype = self.norm1.weight.dtype
+        for argument, tokens in (("joints", joints), ("patches", patches)):
+            # Autocast brings what meets to one dtype by itself.
+            if tokens.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
+                raise TypeError(f"{name}: {argument} must have the layer's dtype {dtype}, got {tokens.dtype}")
         if joints.shape[0] != patches.shape[0]:
             raise ValueError(f"{name}: patches must have joints' batch size {joints.shape[0]}, got {patches.shape[0]}")
