@@ -67,8 +67,7 @@ def lift_images(
 
     Raises:
         ValueError: an image cannot be read or has no pose; its keypoints are not pixels of it; the pipeline is for
-            another skeleton or crop;
-            or what it predicts is not finite.
+            another skeleton or crop; or what it predicts is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"lift_images: batch_size must be at least 1, got {batch_size}")
