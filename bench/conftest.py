@@ -10,7 +10,7 @@ import pytest
 import torch
 from measurement import Measurement
 from verification import Truth
-from workload import CENTRAL, FORWARD, TRAINING, Setting
+from workload import CENTRAL, FORWARD, SMOKE, TRAINING, Setting
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +28,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 def settings(config: pytest.Config) -> list[Setting]:
     if config.getoption("smoke"):
-        return [Setting(2, 48, 64, direction, central=True) for direction in (FORWARD, TRAINING)]
+        return [Setting(2, direction=direction, central=True, **SMOKE) for direction in (FORWARD, TRAINING)]
     if config.getoption("sweep"):
         return [
             Setting(batch, patches, dim, direction, central=(batch, patches, dim) == (8, 3072, 256))

@@ -16,9 +16,9 @@ from pathlib import Path
 import test_factored
 import test_lift_by_image
 import test_pose_guided_attention
-from workload import TRAINING, Implementation, Setting, Step, Workload, build, draw, draw_weights
+from workload import CENTRAL, SMOKE, TRAINING, Implementation, Setting, Step, Workload, build, draw, draw_weights
 
-SETTING, SMALL = Setting(8, 3072, 256, TRAINING), Setting(1, 48, 64, TRAINING)
+SETTING, SMALL = Setting(8, direction=TRAINING, **CENTRAL), Setting(1, direction=TRAINING, **SMOKE)
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 WORKS: dict[str, tuple[Callable[[Setting], Workload], Sequence[Implementation]]] = {

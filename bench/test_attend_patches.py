@@ -19,6 +19,7 @@ from workload import HEADS, JOINTS, TRAINING, Implementation, Setting, Workload,
 
 from liftbyimage import ops
 from liftbyimage.nn import TransformerLayer
+from liftbyimage.ops.attend_patches import statistics_dtype
 from liftbyimage.reference.lift_by_image import Layer
 
 
@@ -30,7 +31,7 @@ class Projected(Layer):
 
     def forward(self, joints: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         attended, attention = self.patch_attention.attend_with_weights(joints, patches)
-        return attended, attention.mean((1, 2), dtype=_statistics_dtype(joints))
+        return attended, attention.mean((1, 2), dtype=statistics_dtype(joints.dtype))
 
 
 class WithMultiheadAttention(Projected):
@@ -42,7 +43,7 @@ class WithMultiheadAttention(Projected):
         attended, attention = self.patch_attention(
             joints, patches, patches, need_weights=True, average_attn_weights=False
         )
-        return attended, attention.mean((1, 2), dtype=_statistics_dtype(joints))
+        return attended, attention.mean((1, 2), dtype=statistics_dtype(joints.dtype))
 
 
 class WithTwoFusedAttentions(Projected):
@@ -65,10 +66,6 @@ class Absorbed(TransformerLayer):
         query = attention.query(joints, memory.fold)
         result = ops.attend_patches(query, memory.key, memory.value, scale=attention.scale, backend=self.backend)
         return attention.output(result.context, memory.unfold, memory.value_bias), result.importance
-
-
-def _statistics_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _absorbed(backend: str) -> Callable[[Setting], nn.Module]:

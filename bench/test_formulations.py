@@ -13,7 +13,7 @@ import torch
 from machine import DTYPE
 from measurement import Measurement
 from torch import Tensor, nn
-from workload import HEADS, JOINTS, Implementation, Setting, Workload, textbook_memory
+from workload import HEADS, JOINTS, SMOKE, Implementation, Setting, Workload, textbook_memory
 
 from liftbyimage.nn import FactoredPatches, TransformerLayer
 from liftbyimage.nn.formulation import AttentionSize, Formulation
@@ -91,7 +91,7 @@ def implementations(setting: Setting, origin: str) -> Iterator[Implementation]:
 
 
 def rows(config: pytest.Config) -> Iterator[object]:
-    settings = (Setting(2, 48, 64),) if config.getoption("smoke") else SETTINGS
+    settings = (Setting(2, **SMOKE),) if config.getoption("smoke") else SETTINGS
     for setting in settings:
         for origin in WIDTHS:
             for implementation in implementations(setting, origin):

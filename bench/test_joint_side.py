@@ -17,13 +17,12 @@ from measurement import Measurement
 from serving import serving_backends
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workload import CENTRAL, HEADS, JOINTS, TRAINING, Implementation, Setting, Workload
+from workload import CENTRAL, HEADS, JOINTS, SMOKE, TRAINING, Implementation, Setting, Workload
 
 from liftbyimage import ops
 from liftbyimage.reference.lift_by_image import Layer
 
 MLP_RATIO = 4
-SMOKE_PATCHES = 48  # of --smoke's only setting
 
 
 class Composed(Layer):
@@ -127,6 +126,6 @@ def workload(setting: Setting) -> Workload:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 def test_joint_side(measure: Measurement, setting: Setting, implementation: Implementation) -> None:
-    if setting.P not in (CENTRAL["P"], SMOKE_PATCHES):
+    if setting.P not in (CENTRAL["P"], SMOKE["P"]):
         pytest.skip("no patches here: measured once for every batch and width")
     measure(workload(replace(setting, P=0, central=setting.central or setting.B == 1)), implementation)

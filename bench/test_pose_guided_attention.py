@@ -19,6 +19,7 @@ from workload import HEADS, JOINTS, TRAINING, Implementation, Setting, Workload,
 
 from liftbyimage import ops
 from liftbyimage.nn import PoseGuidedLayer
+from liftbyimage.ops.attend_patches import statistics_dtype
 from liftbyimage.reference.lift_by_image import GuidedLayer
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -35,7 +36,7 @@ class Textbook(GuidedLayer):
         return attended, *self.guide(joints, patches, attention)
 
     def guide(self, joints: Tensor, patches: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-        return self.update(joints, patches, attention), attention.mean((1, 2), dtype=_statistics_dtype(joints))
+        return self.update(joints, patches, attention), attention.mean((1, 2), dtype=statistics_dtype(joints.dtype))
 
     def update(self, joints: Tensor, patches: Tensor, attention: Tensor) -> Tensor:
         sent = _split(self.pose_value(joints))
@@ -83,10 +84,6 @@ class Absorbed(PoseGuidedLayer):
 
 def _split(tokens: Tensor) -> Tensor:
     return tokens.unflatten(2, (HEADS, -1)).transpose(1, 2)  # [B, H, J, D / H]
-
-
-def _statistics_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _absorbed(backend: str) -> Callable[[Setting], nn.Module]:

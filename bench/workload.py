@@ -13,7 +13,7 @@ from liftbyimage.nn import FactoredPatches
 
 FORWARD, TRAINING = "forward", "forward + backward"
 JOINTS, HEADS = 17, 8
-CENTRAL = {"P": 3072, "D": 256}
+CENTRAL, SMOKE = {"P": 3072, "D": 256}, {"P": 48, "D": 64}
 VERIFIED_SAMPLES = 8
 # torch.compile adds up the bias gradient of 24,576 tokens one after the other, which rounds more than eager PyTorch
 # does: of a compiled peer only this is asked, relative to the result's RMS, beyond twice the reference's error.

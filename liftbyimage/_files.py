@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never meets half of one."""
+"""Files: saying that one is missing, and writing so that a reader, or a crash, never meets half of one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import BinaryIO
 
 # The demonstration model that the package ships.
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "assets" / "demo.pt"
+
+
+def require_file(label: str, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{label}: {'is a folder' if path.is_dir() else 'no such file'}")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:

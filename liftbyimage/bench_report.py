@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from liftbyimage._files import require_file
+
 REFERENCE = "reference"
 COLUMNS = (
     "work",
@@ -115,8 +117,7 @@ def read_rows(json_path: str | Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _read(label: str, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{label}: {'is a folder' if path.is_dir() else 'no such file'}")
+    require_file(label, path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from liftbyimage import __version__
-from liftbyimage._files import DEMO_CHECKPOINT
+from liftbyimage._files import DEMO_CHECKPOINT, require_file
 
 if TYPE_CHECKING:
     from liftbyimage.models import Pipeline
@@ -99,8 +99,7 @@ def lift(
         if (out / RESULTS_NAME).resolve() == pose.resolve():
             raise ValueError(f"--out {out} would overwrite the pose file {pose}: choose another folder")
         for image in images:
-            if not image.is_file():
-                raise ValueError(f"image {image}: {'is a folder' if image.is_dir() else 'no such file'}")
+            require_file(f"image {image}", image)
         poses = read_pose_file(pose, images)
         pipeline = _load_pipeline(checkpoint, encoder_weights)
         if checkpoint is None:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from liftbyimage.ops._checks import check_dtype
 
 
 def check_images(owner: str, images: Tensor, weight: Tensor, multiple: int) -> None:
@@ -19,7 +20,4 @@ def check_images(owner: str, images: Tensor, weight: Tensor, multiple: int) -> N
         )
     if images.device != weight.device:
         raise ValueError(f"{owner}: images must be on the weights' device {weight.device}, got {images.device}")
-    device = images.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if images.dtype != weight.dtype and not autocast:
-        raise TypeError(f"{owner}: images must have the weights' dtype {weight.dtype}, got {images.dtype}")
+    check_dtype(owner, "images", images, "the weights'", weight.dtype)

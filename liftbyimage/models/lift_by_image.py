@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from liftbyimage.metrics import root_relative
 from liftbyimage.nn import FactoredPatches, FeatureSelection, PoseGuidedLayer, TransformerLayer
 from liftbyimage.nn.formulation import Formulation, check_formulation
+from liftbyimage.ops._checks import check_dtype
 
 NUM_FREQUENCIES = 4
 POSITION_CHANNELS = NUM_FREQUENCIES * 2 * 2  # sine and cosine, of x and y
@@ -191,10 +192,8 @@ class LiftByImage(nn.Module):
                 f"LiftByImage: features must have shape [B, {', '.join(map(str, expected))}], "
                 f"got {list(features.shape)}"
             )
-        dtype = self.embed.weight.dtype
         for name, tensor in (("features", features), ("pose_2d", pose_2d)):
-            if tensor.dtype != dtype and not torch.is_autocast_enabled(tensor.device.type):
-                raise TypeError(f"LiftByImage: {name} must have the model's dtype {dtype}, got {tensor.dtype}")
+            check_dtype("LiftByImage", name, tensor, "the model's", self.embed.weight.dtype)
         if tuple(pose_2d.shape) != (features.shape[0], config.num_joints, 2):
             raise ValueError(
                 f"LiftByImage: pose_2d must have shape [{features.shape[0]}, {config.num_joints}, 2], "

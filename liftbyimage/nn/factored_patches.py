@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liftbyimage.ops._checks import check_dtype
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FactoredPatches:
@@ -47,11 +49,7 @@ class FactoredPatches:
                 raise ValueError(
                     f"FactoredPatches: {name} must be on channels' device {channels.device}, got {factor.device}"
                 )
-            # Autocast brings what meets to one dtype by itself.
-            if factor.dtype != channels.dtype and not torch.is_autocast_enabled(channels.device.type):
-                raise TypeError(
-                    f"FactoredPatches: {name} must have channels' dtype {channels.dtype}, got {factor.dtype}"
-                )
+            check_dtype("FactoredPatches", name, factor, "channels'", channels.dtype)
         if channels.dim() != 3:
             raise ValueError(f"FactoredPatches: channels must have shape [B, P, W], got {list(channels.shape)}")
         batch, _, width = channels.shape

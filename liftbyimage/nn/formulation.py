@@ -21,6 +21,7 @@ from torch import Tensor
 from liftbyimage.nn.factored_patches import FactoredPatches
 
 Formulation = Literal["auto", "projected", "absorbed", "factored"]
+FORMED: tuple[Formulation, ...] = ("absorbed", "projected")  # on tokens [B, P, D]
 FORMULATIONS = ("auto", "projected", "absorbed", "factored")
 
 
@@ -48,13 +49,18 @@ class AttentionSize:
         if formulation == "factored":
             assert isinstance(patches, FactoredPatches)
             return self._fold(patches) + 2 * batch * rows * num_patches * patches.width
-        forming = batch * num_patches * patches.width * dim if isinstance(patches, FactoredPatches) else 0
+        forming = self._form(patches) if isinstance(patches, FactoredPatches) else 0
         updating = batch * rows * num_patches * dim if self.guided else 0
         if formulation == "absorbed":
             folding = 2 * batch * self.joints * dim * dim
             return forming + updating + folding + 2 * batch * rows * num_patches * dim
         attending = 2 * batch * self.joints * num_patches * dim
         return forming + updating + attending + 2 * batch * num_patches * dim * dim
+
+    @staticmethod
+    def _form(patches: FactoredPatches) -> int:
+        batch, num_patches, dim = patches.shape
+        return batch * num_patches * patches.width * dim
 
     def _fold(self, patches: FactoredPatches) -> int:
         """W_k and W_v meet a shared embedding once; rows meet a sample's own embedding after W_k and before W_v."""
@@ -65,8 +71,7 @@ class AttentionSize:
         return 2 * batch * self.joints * dim * dim + 2 * batch * self.heads * self.joints * dim * width
 
     def cheapest(self, patches: Tensor | FactoredPatches) -> Formulation:
-        formed: tuple[Formulation, ...] = ("absorbed", "projected")
-        candidates = ("factored", *formed) if isinstance(patches, FactoredPatches) else formed
+        candidates = ("factored", *FORMED) if isinstance(patches, FactoredPatches) else FORMED
         costs = [self.multiply_adds(formulation, patches) for formulation in candidates]
         return candidates[costs.index(min(costs))]
 
@@ -74,9 +79,8 @@ class AttentionSize:
         """`patches` as they are, or formed now where `times` layers that read them are cheaper so."""
         if not isinstance(patches, FactoredPatches):
             return patches
-        batch, num_patches, dim = patches.shape
-        forming = batch * num_patches * patches.width * dim
+        forming = self._form(patches)
         # What a layer costs on formed tokens: the same count without the forming.
-        costs = [self.multiply_adds(formulation, patches) - forming for formulation in ("absorbed", "projected")]
+        costs = [self.multiply_adds(formulation, patches) - forming for formulation in FORMED]
         keeps = times * self.multiply_adds(self.cheapest(patches), patches) <= forming + times * min(costs)
         return patches if keeps else patches.dense()

@@ -9,6 +9,7 @@ from liftbyimage.nn.attention import FeedForward, JointAttention, PatchAttention
 from liftbyimage.nn.factored_patches import FactoredPatches
 from liftbyimage.nn.formulation import AttentionSize, Formulation, check_formulation
 from liftbyimage.ops import joint_queries, update_joints
+from liftbyimage.ops._checks import check_dtype
 from liftbyimage.ops._dispatch import autocast, has_kernel
 from liftbyimage.ops.joint_queries import BACKENDS
 
@@ -86,10 +87,6 @@ class JointSide(nn.Module):
                 raise ValueError(
                     f"{name}: {argument} must have shape [B, {axis}, {self.dim}], got {list(tokens.shape)}"
                 )
-        dtype = self.norm1.weight.dtype
-        for argument, tokens in (("joints", joints), ("patches", patches)):
-            # Autocast brings what meets to one dtype by itself.
-            if tokens.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
-                raise TypeError(f"{name}: {argument} must have the layer's dtype {dtype}, got {tokens.dtype}")
+            check_dtype(name, argument, tokens, "the layer's", self.norm1.weight.dtype)
         if joints.shape[0] != patches.shape[0]:
             raise ValueError(f"{name}: patches must have joints' batch size {joints.shape[0]}, got {patches.shape[0]}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from liftbyimage.ops._dispatch import autocast_is_on
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -44,6 +47,12 @@ def check_same_dtype(op: str, first: str, tensors: Mapping[str, Tensor]) -> None
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise TypeError(f"{op}: {name} must have {first}'s dtype {dtype}, got {tensor.dtype}")
+
+
+def check_dtype(owner: str, argument: str, value: Any, whose: str, dtype: torch.dtype) -> None:
+    """What a module meets (a tensor, or what has its dtype and device) has `dtype`, unless autocast sees to that."""
+    if value.dtype != dtype and not autocast_is_on(value.device.type):
+        raise TypeError(f"{owner}: {argument} must have {whose} dtype {dtype}, got {value.dtype}")
 
 
 def check_positive(op: str, argument: str, tensor: Tensor, dims: str, *names: str) -> None:

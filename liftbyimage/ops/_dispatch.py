@@ -135,7 +135,15 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-_TRITON_LIBRARY = torch.library.Library("liftbyimage", "FRAGMENT")
+_PYTHON_LIBRARY = torch.library.Library("liftbyimage", "FRAGMENT")
+
+
+def python_op(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `liftbyimage::{name}`, written in Python for every device, with its fake implementation."""
+    _PYTHON_LIBRARY.define(name + schema)
+    _PYTHON_LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"liftbyimage::{name}", fake, lib=_PYTHON_LIBRARY)
+    return getattr(torch.ops.liftbyimage, name).default  # type: ignore[no-any-return]
 
 
 def triton_op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,11 +157,7 @@ def triton_op(name: str, schema: str, fake: Callable[..., Any]) -> Callable[...,
         module = importlib.import_module(f"liftbyimage.kernels.{op}")
         return getattr(module, direction)(*args, **kwargs)
 
-    full_name = f"{name}_triton"
-    _TRITON_LIBRARY.define(full_name + schema)
-    _TRITON_LIBRARY.impl(full_name, launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"liftbyimage::{full_name}", fake, lib=_TRITON_LIBRARY)
-    return getattr(torch.ops.liftbyimage, full_name).default  # type: ignore[no-any-return]
+    return python_op(f"{name}_triton", schema, launch, fake)
 
 
 def native_op(name: str, fake: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -178,10 +182,14 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def autocast_is_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Input) -> tuple[Input, ...]:
     """Cast floating tensors to the autocast dtype where autocast is on; float64 stays, and one object stays one."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     cast: dict[int, Any] = {}

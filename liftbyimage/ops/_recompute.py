@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-
-_LIBRARY = torch.library.Library("liftbyimage", "FRAGMENT")
-
-
-def backward_op(name: str, schema: str, backward: Callable[..., list[Tensor]], fake: Callable[..., Any]) -> Any:
-    """Register `liftbyimage::{name}`, written in Python for every device, with its fake implementation."""
-    _LIBRARY.define(name + schema)
-    _LIBRARY.impl(name, backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"liftbyimage::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.liftbyimage, name).default
 
 
 def wanted_of(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:

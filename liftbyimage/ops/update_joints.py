@@ -30,10 +30,11 @@ from liftbyimage.ops._dispatch import (
     needs_graph,
     never,
     no_autocast,
+    python_op,
     select,
     why_not_cpu_in_full_precision,
 )
-from liftbyimage.ops._recompute import backward_op, gradients, spread, wanted_of
+from liftbyimage.ops._recompute import gradients, spread, wanted_of
 
 OP = "update_joints"
 
@@ -139,7 +140,7 @@ def _fake_backward(grad_joints: Tensor, *rest: Any) -> list[Tensor]:
 
 
 _native_forward = native_op(f"{OP}_forward", _fake_forward)
-_backward = backward_op(f"{OP}_backward", _BACKWARD_SCHEMA, _recompute, _fake_backward)
+_backward = python_op(f"{OP}_backward", _BACKWARD_SCHEMA, _recompute, _fake_backward)
 
 
 def _forward_flops(joints: Any, context: Any, unfold: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
