@@ -34,6 +34,13 @@ TORCH_LIBRARY(liftbyimage, m) {
       " Tensor out_proj_weight, Tensor out_proj_bias, Tensor norm1_weight, Tensor norm1_bias, Tensor linear1_weight,"
       " Tensor linear1_bias, Tensor linear2_weight, Tensor linear2_bias, Tensor norm2_weight, Tensor norm2_bias,"
       " float eps) -> Tensor");
+  m.def(
+      "sample_context_forward(Tensor[] feature_maps, Tensor reference, Tensor offsets, Tensor weights, bool zeros)"
+      " -> Tensor[]");
+  m.def(
+      "sample_context_backward(Tensor[] grad_contexts, Tensor[] feature_maps, Tensor reference, Tensor offsets,"
+      " Tensor weights, bool zeros, bool need_places, bool need_weights, bool[] need_maps)"
+      " -> (Tensor, Tensor, Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {

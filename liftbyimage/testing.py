@@ -35,6 +35,9 @@ class Case:
     F: int = 16
     D: int = 16
     K: int = 12
+    S: int = 4
+    maps: tuple[tuple[int, int, int], ...] = ((32, 8, 6), (7, 5, 9), (48, 4, 3), (70, 2, 2))  # [C, Hf, Wf] by level
+    padding: str = "border"
     shared_head: bool = True
     value_is_key: bool = False
     patches_is_key: bool = False
@@ -43,6 +46,7 @@ class Case:
     layout: str = (
         "contiguous"  # "strided": every tensor is a transposed view; "expanded": one sample for the whole batch
     )
+    channels_last: bool = False  # the maps
     magnitude: float = 1.0
     scale: float | None = None
     ties: bool = False
@@ -113,6 +117,24 @@ _JOINT_CASES = (
     Case("large_logits", magnitude=8.0, D=32),
 )
 
+_SAMPLING_CASES = (
+    Case("four_levels"),
+    Case("channels_last", channels_last=True),
+    Case("one_sample", H=1, S=1, maps=((16, 5, 4), (33, 3, 7))),
+    Case("one_level", J=25, S=3, maps=((128, 12, 9),), channels_last=True),
+    Case("five_levels", J=5, S=2, maps=((16, 9, 7), (1, 5, 5), (8, 3, 4), (65, 2, 3), (20, 7, 1)), channels_last=True),
+    Case("one_joint", J=1),
+    Case("one_pixel", J=3, maps=((5, 1, 1), (40, 1, 6)), padding="zeros"),
+    Case("zeros", padding="zeros", channels_last=True),
+    Case("outside", magnitude=3.0),
+    Case("outside_zeros", magnitude=3.0, padding="zeros"),
+    Case("empty_batch", B=0),
+    Case("strided", layout="strided"),
+    Case("expanded", layout="expanded", B=3),
+    Case("expanded_zeros", layout="expanded", B=3, padding="zeros", channels_last=True),
+    Case("many_samples", B=9, J=3, S=2, maps=((64, 6, 4), (32, 3, 2)), channels_last=True),
+)
+
 CASES: dict[str, tuple[Case, ...]] = {
     "attend_patches": (
         *_ATTENTION_CASES,
@@ -148,6 +170,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
     "joint_queries": _JOINT_CASES,
     "update_joints": _JOINT_CASES,
+    "sample_context": _SAMPLING_CASES,
 }
 
 
@@ -181,6 +204,9 @@ def make_inputs(
 
     if op in ("joint_queries", "update_joints"):
         return _joint_inputs(op, case, draw)
+
+    if op == "sample_context":
+        return _sampling_inputs(case, draw)
 
     key_heads = 1 if case.shared_head else case.H
     key = draw(case.B, key_heads, case.P, case.E)
@@ -247,23 +273,54 @@ def _joint_inputs(op: str, case: Case, draw: Callable[..., Tensor]) -> dict[str,
     }
 
 
+def _sampling_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    """Places about the middle of the maps, some of them outside; weights as a softmax gives them."""
+    maps = [draw(case.B, *sizes) for sizes in case.maps]
+    if case.channels_last:
+        maps = [values.to(memory_format=torch.channels_last) for values in maps]
+    levels, places = len(maps), (case.J, case.H, case.S)
+    return {
+        "feature_maps": maps,
+        "reference": draw(case.B, case.J, 2) * 0.4 * case.magnitude,
+        "offsets": draw(case.B, levels, *places, 2) * 0.4 * case.magnitude,
+        "weights": draw(case.B, levels, *places).softmax(4),
+        "padding": case.padding,
+    }
+
+
 def named_outputs(result: Any) -> dict[str, Tensor]:
-    """An op's outputs by name; the single output of `update_joints` is its joints."""
+    """An op's outputs by name; a single one is the joints, those of a list are the contexts of each level."""
+    if isinstance(result, list):
+        return {f"context{level}": value for level, value in enumerate(result)}
     outputs = {"joints": result} if isinstance(result, Tensor) else result._asdict()
     return {name: value for name, value in outputs.items() if value is not None}
+
+
+def named_tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among an op's inputs, those of a list by their place: "feature_maps[0]"."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if isinstance(value, list):
+            tensors |= {f"{name}[{i}]": tensor for i, tensor in enumerate(value)}
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+    return tensors
 
 
 def convert(inputs: Mapping[str, Any], transform: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """`inputs` with every tensor transformed once, so that arguments that were one tensor stay one tensor."""
     done: dict[int, Tensor] = {}
-    result: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            if id(value) not in done:
-                done[id(value)] = transform(value)
-            value = done[id(value)]
-        result[name] = value
-    return result
+
+    def once(value: Any) -> Any:
+        if isinstance(value, list):
+            return [once(element) for element in value]
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in done:
+            done[id(value)] = transform(value)
+        return done[id(value)]
+
+    return {name: once(value) for name, value in inputs.items()}
 
 
 def differentiable(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -275,9 +332,8 @@ def run(op: str, inputs: Mapping[str, Any], backend: str | None = None) -> tuple
     """Outputs by name and, for a fixed seeded cotangent on every differentiable output, gradients by input name."""
     outputs = named_outputs(getattr(ops, op)(**inputs, backend=backend))
     leaves: dict[str, Tensor] = {}
-    for name, value in inputs.items():
-        taken = any(value is leaf for leaf in leaves.values())
-        if isinstance(value, Tensor) and value.requires_grad and not taken:
+    for name, value in named_tensors(inputs).items():
+        if value.requires_grad and not any(value is leaf for leaf in leaves.values()):
             leaves[name] = value
     roots = {name: value for name, value in outputs.items() if value.requires_grad}
     if not leaves or not roots:

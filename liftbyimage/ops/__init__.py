@@ -6,6 +6,7 @@ guide_patches           that for factored patches: the attention becomes channel
 prune_patches           keep the most important patches (Adaptive Feature Selection)
 joint_queries           self-attention over joints, and what they ask of the patches
 update_joints           what joints make of the answer: output projection, feed-forward and layer norms
+sample_context          read feature maps at learned places about the joints (deformable context)
 keep_count              how many patches a retention keeps
 explain                 which backend serves a call, and why the others do not
 """
@@ -16,6 +17,7 @@ from liftbyimage.ops.guide_patches import GuidedPatches, guide_patches
 from liftbyimage.ops.joint_queries import JointQueries, joint_queries
 from liftbyimage.ops.pose_guided_attention import PoseGuidedAttention, pose_guided_attention
 from liftbyimage.ops.prune_patches import PrunedPatches, keep_count, prune_patches
+from liftbyimage.ops.sample_context import sample_context
 from liftbyimage.ops.update_joints import update_joints
 
 __all__ = [
@@ -32,5 +34,6 @@ __all__ = [
     "keep_count",
     "pose_guided_attention",
     "prune_patches",
+    "sample_context",
     "update_joints",
 ]

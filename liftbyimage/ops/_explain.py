@@ -16,6 +16,7 @@ OPS = (
     "prune_patches",
     "joint_queries",
     "update_joints",
+    "sample_context",
 )
 
 
