@@ -54,6 +54,8 @@ TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
   m.impl("prune_patches_backward", &liftbyimage::cpu::prune_patches_backward);
   m.impl("joint_queries_forward", &liftbyimage::cpu::joint_queries_forward);
   m.impl("update_joints_forward", &liftbyimage::cpu::update_joints_forward);
+  m.impl("sample_context_forward", &liftbyimage::cpu::sample_context_forward);
+  m.impl("sample_context_backward", &liftbyimage::cpu::sample_context_backward);
 }
 
 namespace {

@@ -19,6 +19,7 @@ from liftbyimage.testing import (
     differentiable,
     make_inputs,
     named_outputs,
+    named_tensors,
     run,
     spy,
 )
@@ -39,7 +40,7 @@ def device_of(backend):
 
 def require(op, backend, inputs):
     """Skip with the backend's own reason where it cannot serve."""
-    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    tensors = list(named_tensors(inputs).values())
     reason = {b.name: b for b in backends_of(op)}[backend].why_not(*tensors)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
@@ -84,6 +85,7 @@ SMALL = {
     "prune_patches": Case("small", B=2, P=7, D=3, K=4),
     "joint_queries": Case("small", B=2, H=2, J=3, D=6, E=5),
     "update_joints": Case("small", B=2, H=2, J=3, D=6, E=5, F=7),
+    "sample_context": Case("small", B=2, H=2, J=3, S=2, maps=((3, 4, 5), (5, 2, 3))),
 }
 PER_SAMPLE = ("joints", "context")  # of their inputs; the others are weights
 
@@ -97,16 +99,15 @@ def test_gradcheck(op, backend, shared):
     inputs = make_inputs(op, case, torch.float64, device_of(backend))
     require(op, backend, inputs)
     inputs = differentiable(inputs, torch.float64)
-    names = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and n != "importance"]
-    names = [n for i, n in enumerate(names) if all(inputs[n] is not inputs[m] for m in names[:i])]
+    given = {id(tensor): tensor for name, tensor in named_tensors(inputs).items() if name != "importance"}
 
     def function(*tensors):
-        replaced = {id(inputs[n]): t for n, t in zip(names, tensors, strict=True)}
-        call = {n: replaced.get(id(v), v.detach() if isinstance(v, torch.Tensor) else v) for n, v in inputs.items()}
+        replaced = dict(zip(given, tensors, strict=True))
+        call = convert(inputs, lambda tensor: replaced.get(id(tensor), tensor.detach()))
         result = getattr(ops, op)(**call, backend=backend)
         return tuple(v for v in result if v is not None and v.is_floating_point())
 
-    assert torch.autograd.gradcheck(function, [inputs[n] for n in names])
+    assert torch.autograd.gradcheck(function, list(given.values()))
 
 
 @pytest.mark.parametrize("op, backend", OP_BACKENDS)
@@ -123,7 +124,7 @@ def test_only_some_gradients_arrive(op, backend):
             output = named_outputs(getattr(ops, op)(**leaves, backend=backend_))[name]
             weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)
             (output * weights.reshape(output.shape).to(output.dtype)).sum().backward()
-            grads.append({n: v.grad for n, v in leaves.items() if isinstance(v, torch.Tensor)})
+            grads.append({n: v.grad for n, v in named_tensors(leaves).items()})
         for argument, expected in grads[0].items():
             actual = grads[1][argument]
             if expected is None:
@@ -142,11 +143,13 @@ def test_frozen_inputs_get_no_gradient(op, backend, frozen):
         frozen = "channels"
     if op in JOINT_OPS:
         frozen = {"query": "joints", "key": "out_proj_weight"}[frozen]
+    if op == "sample_context":
+        frozen = {"query": "reference", "key": "feature_maps[1]"}[frozen]
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
     require(op, backend, inputs)
     expected = run(op, differentiable(inputs, torch.float32), backend)[1]
     leaves = differentiable(inputs, torch.float32)
-    leaves[frozen].requires_grad_(False)
+    named_tensors(leaves)[frozen].requires_grad_(False)
     outputs, grads = run(op, leaves, backend)
     assert frozen not in grads
     assert all(torch.equal(grads[name], expected[name]) for name in grads)
@@ -170,9 +173,7 @@ def test_a_sample_does_not_depend_on_its_batch(op, backend):
     inputs = make_inputs(op, case, torch.float32, device_of(backend))
     require(op, backend, inputs)
     whole, whole_grads = run(op, differentiable(inputs, torch.float32), backend)
-    batched = {
-        n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and (op not in JOINT_OPS or n in PER_SAMPLE)
-    }
+    batched = {n: v for n, v in inputs.items() if op not in JOINT_OPS or n in PER_SAMPLE}
     alone = inputs | convert(batched, lambda tensor: tensor[3:4])
     result = named_outputs(getattr(ops, op)(**alone, backend=backend))
     for name, value in whole.items():
@@ -280,7 +281,7 @@ def test_opcheck(op, backend):
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
     require(op, backend, inputs)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    tensors = [value for value in inputs.values() if isinstance(value, (torch.Tensor, list))]
     rest = {
         "attend_patches": [0.5, True, True],
         "pose_guided_attention": [0.5],
@@ -288,6 +289,7 @@ def test_opcheck(op, backend):
         "prune_patches": [inputs.get("keep")],
         "joint_queries": [inputs.get("fold"), 2, 1e-5],
         "update_joints": [1e-5],
+        "sample_context": [True],
     }[op]
     if op == "joint_queries":
         tensors.pop()  # the fold, which has its own place among the rest
@@ -308,6 +310,8 @@ def test_opcheck(op, backend):
         arguments = (*grads, *tensors, *rest, [True] * 10)
     elif op == "update_joints":
         arguments = (torch.randn_like(outputs), *tensors, *rest, [True, False] * 7)
+    elif op == "sample_context":
+        arguments = ([torch.randn_like(output) for output in outputs], *tensors, *rest, True, False, [True, False])
     else:
         grads = [torch.randn_like(output) for output in outputs[:3]]
         arguments = (*grads, *tensors[:4], outputs[0], outputs[3], 0.5, True, False)
@@ -343,9 +347,9 @@ def test_compile_fullgraph(op, backend):
         torch.testing.assert_close(a, e)
     for outputs in (expected, actual):
         sum(o.float().square().sum() for o in outputs if o.requires_grad).backward()
-    for name, leaf in eager_leaves.items():
-        if isinstance(leaf, torch.Tensor) and leaf.grad is not None:
-            torch.testing.assert_close(compiled_leaves[name].grad, leaf.grad)
+    for name, leaf in named_tensors(eager_leaves).items():
+        if leaf.grad is not None:
+            torch.testing.assert_close(named_tensors(compiled_leaves)[name].grad, leaf.grad)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -541,6 +545,7 @@ def test_flop_counter_counts_the_products(op):
         "prune_patches": 0,
         "joint_queries": 2 * 3 * 6 * (3 * 6 + 2 * 3 + 6 + 6 + 5),
         "update_joints": 2 * 3 * 6 * (5 + 6 + 7 + 7),
+        "sample_context": 2 * 3 * 2 * 2 * (3 + 5),
     }
     assert counts["cpu"] == 2 * multiply_adds[op]
 

@@ -1,10 +1,12 @@
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 // Native CPU implementations of the op schemas in csrc/bindings.cpp.
 namespace liftbyimage::cpu {
@@ -65,5 +67,14 @@ at::Tensor update_joints_forward(const at::Tensor& joints, const at::Tensor& con
                                  const at::Tensor& linear1_bias, const at::Tensor& linear2_weight,
                                  const at::Tensor& linear2_bias, const at::Tensor& norm2_weight,
                                  const at::Tensor& norm2_bias, double eps);
+
+// -> a context [B,J,H,C_l] for each level
+std::vector<at::Tensor> sample_context_forward(at::TensorList feature_maps, const at::Tensor& reference,
+                                               const at::Tensor& offsets, const at::Tensor& weights, bool zeros);
+
+// -> grad_offsets [B,L,J,H,S,2] or [0], grad_weights [B,L,J,H,S] or [0], grad_maps [B,C_l,Hf_l,Wf_l] or [0]
+std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> sample_context_backward(
+    at::TensorList grad_contexts, at::TensorList feature_maps, const at::Tensor& reference, const at::Tensor& offsets,
+    const at::Tensor& weights, bool zeros, bool need_places, bool need_weights, c10::List<bool> need_maps);
 
 }  // namespace liftbyimage::cpu
