@@ -41,6 +41,8 @@ TORCH_LIBRARY(liftbyimage, m) {
       "sample_context_backward(Tensor[] grad_contexts, Tensor[] feature_maps, Tensor reference, Tensor offsets,"
       " Tensor weights, bool zeros, bool need_places, bool need_weights, bool[] need_maps)"
       " -> (Tensor, Tensor, Tensor[])");
+  m.def("attend_tokens_forward(Tensor query_key_value, int heads, float scale) -> Tensor");
+  m.def("attend_tokens_backward(Tensor grad, Tensor query_key_value, int heads, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
@@ -56,6 +58,8 @@ TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
   m.impl("update_joints_forward", &liftbyimage::cpu::update_joints_forward);
   m.impl("sample_context_forward", &liftbyimage::cpu::sample_context_forward);
   m.impl("sample_context_backward", &liftbyimage::cpu::sample_context_backward);
+  m.impl("attend_tokens_forward", &liftbyimage::cpu::attend_tokens_forward);
+  m.impl("attend_tokens_backward", &liftbyimage::cpu::attend_tokens_backward);
 }
 
 namespace {

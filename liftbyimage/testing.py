@@ -135,6 +135,23 @@ _SAMPLING_CASES = (
     Case("many_samples", B=9, J=3, S=2, maps=((64, 6, 4), (32, 3, 2)), channels_last=True),
 )
 
+# J tokens of width D.
+_TOKEN_CASES = (
+    Case("plain", J=17, D=64),
+    Case("one_token", J=1, D=64),
+    Case("five_tokens", B=19, H=8, J=5, D=128),
+    Case("head_width_80", H=8, J=17, D=640),
+    Case("head_width_3", B=3, H=5, J=17, D=15),
+    Case("many_tokens", H=2, J=33, D=32),
+    Case("one_head", H=1, J=70, D=20),
+    Case("empty_batch", B=0),
+    Case("strided", layout="strided", D=32),
+    Case("expanded", layout="expanded", B=3),
+    Case("large_logits", magnitude=100.0, D=32),
+    Case("zero_scale", scale=0.0),
+    Case("negative_scale", scale=-1.0, J=5, D=32),
+)
+
 CASES: dict[str, tuple[Case, ...]] = {
     "attend_patches": (
         *_ATTENTION_CASES,
@@ -171,6 +188,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "joint_queries": _JOINT_CASES,
     "update_joints": _JOINT_CASES,
     "sample_context": _SAMPLING_CASES,
+    "attend_tokens": _TOKEN_CASES,
 }
 
 
@@ -207,6 +225,9 @@ def make_inputs(
 
     if op == "sample_context":
         return _sampling_inputs(case, draw)
+    if op == "attend_tokens":
+        packed = draw(case.B, case.J, 3 * case.D) * case.magnitude**0.5  # query times key has the magnitude
+        return {"query_key_value": packed, "heads": case.H, "scale": case.scale}
 
     key_heads = 1 if case.shared_head else case.H
     key = draw(case.B, key_heads, case.P, case.E)

@@ -86,6 +86,7 @@ SMALL = {
     "joint_queries": Case("small", B=2, H=2, J=3, D=6, E=5),
     "update_joints": Case("small", B=2, H=2, J=3, D=6, E=5, F=7),
     "sample_context": Case("small", B=2, H=2, J=3, S=2, maps=((3, 4, 5), (5, 2, 3))),
+    "attend_tokens": Case("small", B=2, H=2, J=3, D=6),
 }
 PER_SAMPLE = ("joints", "context")  # of their inputs; the others are weights
 
@@ -145,6 +146,8 @@ def test_frozen_inputs_get_no_gradient(op, backend, frozen):
         frozen = {"query": "joints", "key": "out_proj_weight"}[frozen]
     if op == "sample_context":
         frozen = {"query": "reference", "key": "feature_maps[1]"}[frozen]
+    if op == "attend_tokens":
+        frozen = "query_key_value"
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
     require(op, backend, inputs)
     expected = run(op, differentiable(inputs, torch.float32), backend)[1]
@@ -153,7 +156,7 @@ def test_frozen_inputs_get_no_gradient(op, backend, frozen):
     outputs, grads = run(op, leaves, backend)
     assert frozen not in grads
     assert all(torch.equal(grads[name], expected[name]) for name in grads)
-    assert bool(grads) == (op != "prune_patches")
+    assert bool(grads) == (op not in ("prune_patches", "attend_tokens"))  # which have one differentiable input
 
 
 @pytest.mark.parametrize("op, backend", OP_BACKENDS)
@@ -290,6 +293,7 @@ def test_opcheck(op, backend):
         "joint_queries": [inputs.get("fold"), 2, 1e-5],
         "update_joints": [1e-5],
         "sample_context": [True],
+        "attend_tokens": [2, 0.5],
     }[op]
     if op == "joint_queries":
         tensors.pop()  # the fold, which has its own place among the rest
@@ -312,6 +316,8 @@ def test_opcheck(op, backend):
         arguments = (torch.randn_like(outputs), *tensors, *rest, [True, False] * 7)
     elif op == "sample_context":
         arguments = ([torch.randn_like(output) for output in outputs], *tensors, *rest, True, False, [True, False])
+    elif op == "attend_tokens":
+        arguments = (torch.randn_like(outputs), *tensors, *rest)
     else:
         grads = [torch.randn_like(output) for output in outputs[:3]]
         arguments = (*grads, *tensors[:4], outputs[0], outputs[3], 0.5, True, False)
@@ -408,7 +414,9 @@ def test_every_output_is_written(op, backend):
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-@pytest.mark.parametrize("op, backend", [pair for pair in OP_BACKENDS if "attention" in pair[0] or "attend" in pair[0]])
+@pytest.mark.parametrize(
+    "op, backend", [(op, b) for op, b in OP_BACKENDS if op in ("attend_patches", "pose_guided_attention")]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_reaches_what_depends_on_it(op, backend, bad):
     inputs = make_inputs(op, Case("nan", P=9, J=3), torch.float32, device_of(backend))
@@ -546,6 +554,7 @@ def test_flop_counter_counts_the_products(op):
         "joint_queries": 2 * 3 * 6 * (3 * 6 + 2 * 3 + 6 + 6 + 5),
         "update_joints": 2 * 3 * 6 * (5 + 6 + 7 + 7),
         "sample_context": 2 * 3 * 2 * 2 * (3 + 5),
+        "attend_tokens": 2 * 3 * 6 * (3 + 3),
     }
     assert counts["cpu"] == 2 * multiply_adds[op]
 
@@ -587,3 +596,44 @@ def test_the_joint_ops_are_a_decoder_layer(backend, formulation):
             backend=backend,
         )
         torch.testing.assert_close(updated, layer(tokens, memory))
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attended_tokens_are_scaled_dot_product_attention(backend, scale):
+    case = Case("sdpa", B=3, H=8, J=17, D=640, scale=scale)
+    inputs = make_inputs("attend_tokens", case, torch.float32, device_of(backend))
+    require("attend_tokens", backend, inputs)
+    parts = inputs["query_key_value"].unflatten(2, (3, 8, 80)).permute(2, 0, 3, 1, 4)
+    expected = torch.nn.functional.scaled_dot_product_attention(*parts, scale=scale).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(ops.attend_tokens(**inputs, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
+def test_not_a_number_stays_in_its_head(backend):
+    inputs = make_inputs("attend_tokens", Case("nan", J=5, D=64), torch.float32, device_of(backend))
+    require("attend_tokens", backend, inputs)
+    packed = inputs["query_key_value"]
+    packed[0, 2, 16] = float("nan")  # the query of token 2 in head 1
+    packed[0, 3, 64 + 33] = float("nan")  # the key of token 3 in head 2
+    packed[0, 3, 128 + 50] = float("nan")  # column 2 of the value of token 3 in head 3
+    by_head = ops.attend_tokens(**inputs, backend=backend).unflatten(2, (4, 16))  # [B, T, H, E]
+    lost = torch.zeros_like(by_head, dtype=torch.bool)
+    lost[0, 2, 1] = lost[0, :, 2] = True
+    assert by_head[lost].isnan().all()
+    assert not by_head[0, :, 3, 2].isfinite().any()
+    lost[0, :, 3, 2] = True
+    assert by_head[~lost].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.3])
+def test_tokens_far_below_the_largest_score_get_nothing(backend, scale):
+    packed = torch.zeros(1, 19, 3, device=device_of(backend))
+    packed[0, :, 0] = 1.0
+    packed[0, :, 1] = -1e30
+    packed[0, 4, 1] = 1e30 if scale > 0 else -3e30
+    packed[0, :, 2] = torch.arange(19.0)
+    require("attend_tokens", backend, {"query_key_value": packed})
+    attended = ops.attend_tokens(packed, heads=1, scale=scale, backend=backend)
+    assert torch.equal(attended, torch.full_like(attended, 4.0))

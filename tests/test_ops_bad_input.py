@@ -244,6 +244,40 @@ def call(op, **changes):
         ),
         ("update_joints", {"norm2_bias": 0.0}, TypeError, "norm2_bias must be a tensor [D], got float"),
         ("update_joints", {"eps": float("nan")}, ValueError, "eps must be a finite float >= 0, got nan"),
+        (
+            "attend_tokens",
+            {"query_key_value": None},
+            TypeError,
+            "query_key_value must be a tensor [B, T, 3D], got NoneType",
+        ),
+        (
+            "attend_tokens",
+            {"query_key_value": torch.zeros(3, 18)},
+            ValueError,
+            "query_key_value must have shape [B, T, 3D], got [3, 18]",
+        ),
+        (
+            "attend_tokens",
+            {"query_key_value": torch.zeros(2, 0, 18)},
+            ValueError,
+            "query_key_value must have T >= 1, got [2, 0, 18]",
+        ),
+        (
+            "attend_tokens",
+            {"query_key_value": torch.zeros(2, 3, 16)},
+            ValueError,
+            "query_key_value must have a width 3D, got [2, 3, 16]",
+        ),
+        (
+            "attend_tokens",
+            {"query_key_value": torch.zeros(2, 3, 18, dtype=torch.int32)},
+            TypeError,
+            "query_key_value must be float32, float16, bfloat16 or float64, got torch.int32",
+        ),
+        ("attend_tokens", {"heads": 4}, ValueError, "heads must be an int >= 1 that divides D = 6, got 4"),
+        ("attend_tokens", {"heads": True}, TypeError, "heads must be an int >= 1 that divides D = 6, got bool"),
+        ("attend_tokens", {"scale": float("nan")}, ValueError, "scale must be a finite float or None, got nan"),
+        ("attend_tokens", {"backend": "cuda"}, ValueError, "backend must be one of cpu, reference, got 'cuda'"),
     ],
 )
 def test_message(op, changes, error, text):

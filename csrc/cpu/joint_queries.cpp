@@ -8,6 +8,7 @@
 #include "joint_tokens.h"
 #include "ops.h"
 #include "samples.h"
+#include "token_attention.h"
 
 namespace liftbyimage::cpu {
 namespace {
@@ -48,27 +49,13 @@ class JointQueries {
       apply_linear<T>(in_proj, part * width + first * E, count * E, tokens, samples * joints, nullptr, projected,
                       stride);
     }
-    const Buffer<T> scores = uninitialized<T>(joints * joints);
-    const T scale = T(1) / std::sqrt(static_cast<T>(E));
+    const TokenAttention<T> attention{joints, count, E, T(1) / std::sqrt(static_cast<T>(E))};
+    const Buffer<T> scratch = uninitialized<T>(attention.scratch_size());
     for (int64_t sample = 0; sample < samples; ++sample) {
-      for (int64_t head = first; head < first + count; ++head) {
-        const T* q = projected + sample * joints * stride + head * E;  // [J, E], as key and value beside it
-        multiply_transposed(joints, joints, E, q, stride, q + width, stride,
-                            [&](int64_t row, int64_t column, const T* sums, int columns) {
-                              std::copy_n(sums, columns, scores.get() + row * joints + column);
-                            });
-        for (int64_t row = 0; row < joints; ++row) {
-          softmax_row(scores.get() + row * joints, scale);
-        }
-        multiply(joints, E, joints, scores.get(), joints, q + 2 * width, stride,
-                 attended + sample * joints * width + head * E, width);
-      }
+      const T* q = projected + sample * joints * stride + first * E;  // [J, count · E], as key and value beside it
+      attention.forward({q, q + width, q + 2 * width, stride}, scratch.get(),
+                        attended + sample * joints * width + first * E, width);
     }
-  }
-
-  void softmax_row(T* row, T scale) const {
-    const T total = exp_row(row, joints, scale, max_scaled(row, joints, scale));
-    scale_row(row, row, T(1) / total, joints, false);
   }
 
   // The queries of heads [first, first + count), folded.
@@ -80,7 +67,7 @@ class JointQueries {
         const T* q = plain_queries + sample * joints * width + head * E;  // [J, E]
         T* target = queries + (sample * heads + head) * joints * W;       // [J, W]
         if (fold != nullptr) {
-          multiply(joints, W, E, q, width, fold + head * E * W, W, target, W);
+          multiply(joints, W, E, q, width, 1, fold + head * E * W, W, target, W);
         } else {
           for (int64_t row = 0; row < joints; ++row) {
             std::memcpy(target + row * E, q + row * width, E * sizeof(T));

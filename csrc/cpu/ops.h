@@ -76,5 +76,11 @@ std::vector<at::Tensor> sample_context_forward(at::TensorList feature_maps, cons
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> sample_context_backward(
     at::TensorList grad_contexts, at::TensorList feature_maps, const at::Tensor& reference, const at::Tensor& offsets,
     const at::Tensor& weights, bool zeros, bool need_places, bool need_weights, c10::List<bool> need_maps);
+// -> attended [B,T,D]
+at::Tensor attend_tokens_forward(const at::Tensor& query_key_value, int64_t heads, double scale);
+
+// -> grad_query_key_value [B,T,3D]
+at::Tensor attend_tokens_backward(const at::Tensor& grad, const at::Tensor& query_key_value, int64_t heads,
+                                  double scale);
 
 }  // namespace liftbyimage::cpu

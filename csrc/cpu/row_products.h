@@ -110,10 +110,10 @@ inline void dot_block(const T* x, int64_t x_stride, const T* w, int64_t w_stride
   }
 }
 
-// x M of R rows and C vectors of columns, the last of them `lanes` wide.
+// x M of R rows and C vectors of columns, the last of them `lanes` wide; x_step is from one inner element to the next.
 template <int R, int C, typename T>
-inline void outer_block(const T* x, int64_t x_stride, const T* m, int64_t m_stride, int64_t inner, int64_t lanes,
-                        T* target, int64_t target_stride) {
+inline void outer_block(const T* x, int64_t x_stride, int64_t x_step, const T* m, int64_t m_stride, int64_t inner,
+                        int64_t lanes, T* target, int64_t target_stride) {
   using Vec = at::vec::Vectorized<T>;
   Vec sums[R][C];
 #pragma GCC unroll 8
@@ -131,7 +131,7 @@ inline void outer_block(const T* x, int64_t x_stride, const T* m, int64_t m_stri
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      Vec scalar(x[r * x_stride + k]);
+      Vec scalar(x[r * x_stride + k * x_step]);
       hold(scalar);
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
@@ -195,17 +195,17 @@ void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, const T* 
   }
 }
 
-// target [rows, columns] = x M: x [rows, inner], M [inner, columns].
+// target [rows, columns] = x M: x [rows, inner] of any two strides, M [inner, columns].
 template <typename T>
-void multiply(int64_t rows, int64_t columns, int64_t inner, const T* x, int64_t x_stride, const T* m,
+void multiply(int64_t rows, int64_t columns, int64_t inner, const T* x, int64_t x_stride, int64_t x_step, const T* m,
               int64_t m_stride, T* target, int64_t target_stride) {
   constexpr int64_t lanes = at::vec::Vectorized<T>::size();
   const auto all_rows = [&](int64_t column, auto vectors, int64_t count) {
     for (int64_t row = 0; row < rows; row += block_rows) {
       with_rows(rows - row, [&](auto rows_of_block) {
         outer_block<decltype(rows_of_block)::value, decltype(vectors)::value>(
-            x + row * x_stride, x_stride, m + column, m_stride, inner, count, target + row * target_stride + column,
-            target_stride);
+            x + row * x_stride, x_stride, x_step, m + column, m_stride, inner, count,
+            target + row * target_stride + column, target_stride);
       });
     }
   };

@@ -60,7 +60,7 @@ class UpdateJoints {
                                 std::copy_n(sums, columns, target + row * width + column);
                               });
         } else if (unfold != nullptr) {
-          multiply(joints, E, W, source, W, unfold + head * W * E, E, target, width);
+          multiply(joints, E, W, source, W, 1, unfold + head * W * E, E, target, width);
         }
         for (int64_t row = 0; row < joints; ++row) {
           if (unfold == nullptr) {

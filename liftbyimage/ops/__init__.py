@@ -7,12 +7,14 @@ prune_patches           keep the most important patches (Adaptive Feature Select
 joint_queries           self-attention over joints, and what they ask of the patches
 update_joints           what joints make of the answer: output projection, feed-forward and layer norms
 sample_context          read feature maps at learned places about the joints (deformable context)
+attend_tokens           self-attention of few tokens from their packed projection
 keep_count              how many patches a retention keeps
 explain                 which backend serves a call, and why the others do not
 """
 
 from liftbyimage.ops._explain import BackendStatus, explain
 from liftbyimage.ops.attend_patches import AttendedPatches, attend_patches
+from liftbyimage.ops.attend_tokens import attend_tokens
 from liftbyimage.ops.guide_patches import GuidedPatches, guide_patches
 from liftbyimage.ops.joint_queries import JointQueries, joint_queries
 from liftbyimage.ops.pose_guided_attention import PoseGuidedAttention, pose_guided_attention
@@ -28,6 +30,7 @@ __all__ = [
     "PoseGuidedAttention",
     "PrunedPatches",
     "attend_patches",
+    "attend_tokens",
     "explain",
     "guide_patches",
     "joint_queries",

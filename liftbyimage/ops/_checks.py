@@ -86,6 +86,13 @@ def check_like(
     check_same_dtype(op, first, {first: like, argument: value})
 
 
+def check_heads(op: str, heads: int, dim: int) -> None:
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise TypeError(f"{op}: heads must be an int >= 1 that divides D = {dim}, got {type(heads).__name__}")
+    if heads < 1 or dim % heads:
+        raise ValueError(f"{op}: heads must be an int >= 1 that divides D = {dim}, got {heads}")
+
+
 def check_eps(op: str, eps: float) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps must be a finite float >= 0, got {type(eps).__name__}")

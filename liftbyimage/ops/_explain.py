@@ -17,6 +17,7 @@ OPS = (
     "joint_queries",
     "update_joints",
     "sample_context",
+    "attend_tokens",
 )
 
 

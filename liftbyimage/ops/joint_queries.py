@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from liftbyimage.ops._checks import check_eps, check_like, check_positive, check_tensor
+from liftbyimage.ops._checks import check_eps, check_heads, check_like, check_positive, check_tensor
 from liftbyimage.ops._dispatch import (
     Backend,
     autocast,
@@ -62,10 +62,7 @@ def _check(
     check_tensor(OP, "joints", joints, "B J D")
     check_positive(OP, "joints", joints, "B J D", "J", "D")
     dim = joints.shape[2]
-    if isinstance(heads, bool) or not isinstance(heads, int):
-        raise TypeError(f"{OP}: heads must be an int >= 1 that divides D = {dim}, got {type(heads).__name__}")
-    if heads < 1 or dim % heads:
-        raise ValueError(f"{OP}: heads must be an int >= 1 that divides D = {dim}, got {heads}")
+    check_heads(OP, heads, dim)
     check_eps(OP, eps)
     check_like(OP, "joints", joints, "in_proj_weight", in_proj_weight, (3 * dim, dim), "3D D")
     check_like(OP, "joints", joints, "in_proj_bias", in_proj_bias, (3 * dim,), "3D")
