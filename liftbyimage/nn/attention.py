@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from liftbyimage.nn.factored_patches import FactoredPatches
 from liftbyimage.nn.formulation import Formulation
+from liftbyimage.ops import attend_tokens
+from liftbyimage.ops._dispatch import has_kernel
+from liftbyimage.ops.attend_tokens import BACKENDS
 
 
 def check_heads(dim: int, heads: int) -> None:
@@ -49,7 +52,10 @@ class JointAttention(_Projections):
     """Multi-head self-attention over the joints [B, J, D]."""
 
     def forward(self, joints: Tensor) -> Tensor:
-        query, key, value = F.linear(joints, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=2)
+        projected = F.linear(joints, self.in_proj_weight, self.in_proj_bias)
+        if has_kernel(BACKENDS, projected):
+            return self.out_proj(attend_tokens(projected, heads=self.heads))
+        query, key, value = projected.chunk(3, dim=2)
         attended = F.scaled_dot_product_attention(self.split(query), self.split(key), self.split(value))
         return self.out_proj(self.merge(attended))
 
