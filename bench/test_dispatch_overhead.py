@@ -37,6 +37,8 @@ def _bare_arguments(op: str, inputs: Inputs) -> list[Any]:
         return list(inputs.values())
     if op in ("joint_queries", "update_joints"):
         return [*inputs.values(), EPS]
+    if op == "attend_tokens":
+        return [inputs["query_key_value"], TINY.H, (TINY.D // TINY.H) ** -0.5]
     query, scale = inputs["query"], TINY.E**-0.5
     if op == "guide_patches":
         return [query, inputs["channels"], scale]
