@@ -43,6 +43,14 @@ TORCH_LIBRARY(liftbyimage, m) {
       " -> (Tensor, Tensor, Tensor[])");
   m.def("attend_tokens_forward(Tensor query_key_value, int heads, float scale) -> Tensor");
   m.def("attend_tokens_backward(Tensor grad, Tensor query_key_value, int heads, float scale) -> Tensor");
+  m.def(
+      "residual_feed_forward_forward(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor linear1_weight,"
+      " Tensor linear1_bias, Tensor linear2_weight, Tensor linear2_bias, Tensor? branch_scale, float eps, bool keep)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_feed_forward_backward(Tensor grad_updated, Tensor tokens, Tensor norm_weight, Tensor norm_bias,"
+      " Tensor linear1_weight, Tensor linear1_bias, Tensor linear2_weight, Tensor linear2_bias, Tensor? branch_scale,"
+      " Tensor hidden, Tensor statistics, bool[] wanted) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
@@ -60,6 +68,8 @@ TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
   m.impl("sample_context_backward", &liftbyimage::cpu::sample_context_backward);
   m.impl("attend_tokens_forward", &liftbyimage::cpu::attend_tokens_forward);
   m.impl("attend_tokens_backward", &liftbyimage::cpu::attend_tokens_backward);
+  m.impl("residual_feed_forward_forward", &liftbyimage::cpu::residual_feed_forward_forward);
+  m.impl("residual_feed_forward_backward", &liftbyimage::cpu::residual_feed_forward_backward);
 }
 
 namespace {

@@ -50,6 +50,7 @@ class Case:
     magnitude: float = 1.0
     scale: float | None = None
     ties: bool = False
+    dropped: int | None = None  # samples whose branch_scale is 0; None: no branch_scale
     slow_interpreter: bool = False  # too much work for an interpreted kernel
 
     def __str__(self) -> str:
@@ -152,6 +153,24 @@ _TOKEN_CASES = (
     Case("negative_scale", scale=-1.0, J=5, D=32),
 )
 
+_FEED_FORWARD_CASES = (
+    Case("plain", D=32, F=80),
+    Case("one_token", J=1, D=32, F=40),
+    Case("five_tokens", B=30, J=5, D=128, F=256),
+    Case("head_width_80", H=2, J=17, D=160, F=320),
+    Case("odd_widths", B=3, H=3, J=7, D=21, F=45),
+    Case("many_rows", B=19, J=68, D=64, F=96),
+    Case("wide", B=2, H=8, D=640, F=1280),
+    Case("scaled", B=3, D=32, F=80, dropped=0),
+    Case("some_dropped", B=9, D=32, F=80, dropped=4),
+    Case("all_dropped", B=3, D=32, F=80, dropped=3),
+    Case("empty_batch", B=0),
+    Case("empty_batch_scaled", B=0, dropped=0),
+    Case("strided", layout="strided", D=32, dropped=1),
+    Case("expanded", layout="expanded", B=3),
+    Case("large", magnitude=100.0, D=32),
+)
+
 CASES: dict[str, tuple[Case, ...]] = {
     "attend_patches": (
         *_ATTENTION_CASES,
@@ -189,6 +208,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "update_joints": _JOINT_CASES,
     "sample_context": _SAMPLING_CASES,
     "attend_tokens": _TOKEN_CASES,
+    "residual_feed_forward": _FEED_FORWARD_CASES,
 }
 
 
@@ -228,6 +248,8 @@ def make_inputs(
     if op == "attend_tokens":
         packed = draw(case.B, case.J, 3 * case.D) * case.magnitude**0.5  # query times key has the magnitude
         return {"query_key_value": packed, "heads": case.H, "scale": case.scale}
+    if op == "residual_feed_forward":
+        return _feed_forward_inputs(case, draw)
 
     key_heads = 1 if case.shared_head else case.H
     key = draw(case.B, key_heads, case.P, case.E)
@@ -309,11 +331,39 @@ def _sampling_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
     }
 
 
+def _feed_forward_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    dim, hidden = case.D, case.F
+
+    def weight(*shape: int) -> Tensor:
+        values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5  # as in _joint_inputs
+        return values
+
+    inputs: dict[str, Any] = {
+        "tokens": draw(case.B, case.J, dim) * case.magnitude,
+        "norm_weight": 1 + weight(dim),
+        "norm_bias": weight(dim),
+        "linear1_weight": weight(hidden, dim),
+        "linear1_bias": weight(hidden),
+        "linear2_weight": weight(dim, hidden),
+        "linear2_bias": weight(dim),
+    }
+    if case.dropped is not None:
+        inputs["branch_scale"] = _branch_scale(case, inputs["tokens"])
+    return inputs
+
+
+def _branch_scale(case: Case, tokens: Tensor) -> Tensor:
+    """1.25 for the samples that are kept; dropped are the odd ones first, so that kept ones lie between them."""
+    scale = tokens.new_full((case.B,), 1.25)
+    scale[[*range(1, case.B, 2), *range(0, case.B, 2)][: case.dropped]] = 0
+    return scale
+
+
 def named_outputs(result: Any) -> dict[str, Tensor]:
-    """An op's outputs by name; a single one is the joints, those of a list are the contexts of each level."""
+    """An op's outputs by name; a single one is the tokens, those of a list are the contexts of each level."""
     if isinstance(result, list):
         return {f"context{level}": value for level, value in enumerate(result)}
-    outputs = {"joints": result} if isinstance(result, Tensor) else result._asdict()
+    outputs = {"tokens": result} if isinstance(result, Tensor) else result._asdict()
     return {name: value for name, value in outputs.items() if value is not None}
 
 

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "../checks.h"
-#include "joint_tokens.h"
+#include "small_tokens.h"
 #include "ops.h"
 #include "samples.h"
 #include "token_attention.h"

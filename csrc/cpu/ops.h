@@ -76,11 +76,26 @@ std::vector<at::Tensor> sample_context_forward(at::TensorList feature_maps, cons
 std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> sample_context_backward(
     at::TensorList grad_contexts, at::TensorList feature_maps, const at::Tensor& reference, const at::Tensor& offsets,
     const at::Tensor& weights, bool zeros, bool need_places, bool need_weights, c10::List<bool> need_maps);
+
 // -> attended [B,T,D]
 at::Tensor attend_tokens_forward(const at::Tensor& query_key_value, int64_t heads, double scale);
 
 // -> grad_query_key_value [B,T,3D]
 at::Tensor attend_tokens_backward(const at::Tensor& grad, const at::Tensor& query_key_value, int64_t heads,
                                   double scale);
+
+// -> updated [B,T,D], hidden [B,T,F] and statistics [B,T,2] or [0] each
+Tensor3 residual_feed_forward_forward(const at::Tensor& tokens, const at::Tensor& norm_weight,
+                                      const at::Tensor& norm_bias, const at::Tensor& linear1_weight,
+                                      const at::Tensor& linear1_bias, const at::Tensor& linear2_weight,
+                                      const at::Tensor& linear2_bias, const OptionalTensor& branch_scale, double eps,
+                                      bool keep);
+
+// -> gradients of the wanted among the forward's tensors, in their order; branch_scale has none
+std::vector<at::Tensor> residual_feed_forward_backward(
+    const at::Tensor& grad_updated, const at::Tensor& tokens, const at::Tensor& norm_weight,
+    const at::Tensor& norm_bias, const at::Tensor& linear1_weight, const at::Tensor& linear1_bias,
+    const at::Tensor& linear2_weight, const at::Tensor& linear2_bias, const OptionalTensor& branch_scale,
+    const at::Tensor& hidden, const at::Tensor& statistics, c10::List<bool> wanted);
 
 }  // namespace liftbyimage::cpu

@@ -1,16 +1,18 @@
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <cstdint>
+#include <type_traits>
 
 #include "vectors.h"
 
-// Products of few rows, T = float or double. BLAS packs a weight matrix before it multiplies, which 17 rows do not pay
-// back (it reaches two thirds of its rate there); here the weights are read once, as they are stored. Each element of
-// a result is summed in an order that only the shape of the weight decides: not other rows, threads or alignment.
+// Products of few rows. BLAS packs a weight matrix before it multiplies, which 17 rows do not pay back (it reaches two
+// thirds of its rate there); here the weights are read as they are stored. Each element of a result is summed in an
+// order that only the shape of the weight decides: not other rows, threads or alignment.
 namespace liftbyimage::cpu {
 
 // Accumulators of one block: as many as leave registers for the operands.
@@ -20,8 +22,13 @@ constexpr int block_rows = 6;
 constexpr int block_rows = 3;
 #endif
 constexpr int block_columns = 4;
-// Rows that pass over a weight block while it is in the first-level cache, themselves in it at an inner size of 256.
-constexpr int64_t strip_rows = 3 * 6;
+// Weights that stay in the second-level cache while all rows pass over them.
+constexpr int64_t panel_columns = 64;
+// What of the inner axis is summed at a time: a block of rows and one of columns are in the first-level cache together.
+constexpr int64_t chunk_bytes = 2560;
+// Rows that pass over a block of columns while it is there, themselves in it too.
+constexpr int64_t strip_bytes = 18 << 10;
+constexpr int64_t most_strip_rows = 3 * block_rows;
 
 // Keeps an operand in its register: folded into each product it would be loaded again, and loads are the bottleneck.
 template <typename T>
@@ -38,6 +45,54 @@ inline void hold(at::vec::Vectorized<T>& x) {
   }
 #endif
 }
+
+// One register of operands and its product, S = float or double.
+template <typename S>
+struct Operand {
+  using Vec = at::vec::Vectorized<S>;
+  static constexpr int64_t size = Vec::size();
+  Vec values;
+
+  static Operand load(const S* source) { return {Vec::loadu(source)}; }
+  static Operand load(const S* source, int64_t count) { return {Vec::loadu(source, count)}; }
+  void keep() { hold(values); }
+  Vec multiply_add(const Operand& other, const Vec& sum) const { return at::vec::fmadd(values, other.values, sum); }
+};
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+template <>
+struct Operand<c10::BFloat16> {
+  using Vec = at::vec::Vectorized<float>;
+  static constexpr int64_t size = 32;
+  __m512i values;
+
+  static Operand load(const c10::BFloat16* source) { return {_mm512_loadu_si512(source)}; }
+  static Operand load(const c10::BFloat16* source, int64_t count) {
+    return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), source)};
+  }
+  void keep() { asm("" : "+v"(values)); }
+  Vec multiply_add(const Operand& other, const Vec& sum) const {
+    return _mm512_dpbf16_ps(sum, (__m512bh)values, (__m512bh)other.values);
+  }
+};
+#else
+template <>
+struct Operand<c10::BFloat16> {
+  using Vec = at::vec::Vectorized<float>;
+  static constexpr int64_t size = at::vec::Vectorized<c10::BFloat16>::size();
+  Vec low, high;
+
+  static Operand load(const c10::BFloat16* source, int64_t count = size) {
+    const auto [low, high] =
+        at::vec::convert_bfloat16_float(at::vec::Vectorized<c10::BFloat16>::loadu(source, static_cast<int>(count)));
+    return {low, high};
+  }
+  void keep() {}
+  Vec multiply_add(const Operand& other, const Vec& sum) const {
+    return at::vec::fmadd(high, other.high, at::vec::fmadd(low, other.low, sum));
+  }
+};
+#endif
 
 // target[c] = sum of the lanes of x[c]
 template <typename T>
@@ -63,10 +118,13 @@ inline void sum_each(const at::vec::Vectorized<T> (&x)[1], T* target) {
   target[0] = sum_lanes<T>(x[0]);
 }
 
-// x Wᵀ of R rows and C columns, both contiguous along the inner axis; f(row, sums [C]) takes a row of results.
-template <int R, int C, bool fetch, typename T, typename F>
-inline void dot_block(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t inner, const F& f) {
+// x Wᵀ of R rows and C columns, both contiguous along the inner axis; f(row, sums [C]) takes a row of results. While it
+// runs, `fetch` brings the same columns of the next panel into the second-level cache.
+template <int R, int C, bool fetch, typename S, typename F>
+inline void dot_block(const S* x, int64_t x_stride, const S* w, int64_t w_stride, int64_t inner, const F& f) {
+  using T = at::opmath_type<S>;
   using Vec = at::vec::Vectorized<T>;
+  using Inputs = Operand<S>;
   Vec sums[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -76,31 +134,30 @@ inline void dot_block(const T* x, int64_t x_stride, const T* w, int64_t w_stride
     }
   }
   const auto step = [&](int64_t k, const auto& load) __attribute__((always_inline)) {
-    Vec weights[C];
+    Inputs weights[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
       weights[c] = load(w + c * w_stride + k);
       if constexpr (fetch) {
-        // The next columns; the memory of a long row would push the rows out of the first-level cache.
-        __builtin_prefetch(w + (C + c) * w_stride + k, 0, 2);
+        __builtin_prefetch(w + (panel_columns + c) * w_stride + k, 0, 2);
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      Vec row = load(x + r * x_stride + k);
-      hold(row);
+      Inputs row = load(x + r * x_stride + k);
+      row.keep();
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        sums[r][c] = at::vec::fmadd(row, weights[c], sums[r][c]);
+        sums[r][c] = row.multiply_add(weights[c], sums[r][c]);
       }
     }
   };
   int64_t k = 0;
-  for (; k + Vec::size() <= inner; k += Vec::size()) {
-    step(k, [](const T* source) { return Vec::loadu(source); });
+  for (; k + Inputs::size <= inner; k += Inputs::size) {
+    step(k, [](const S* source) { return Inputs::load(source); });
   }
   if (k < inner) {
-    step(k, [&](const T* source) { return Vec::loadu(source, inner - k); });
+    step(k, [&](const S* source) { return Inputs::load(source, inner - k); });
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -161,36 +218,62 @@ inline void with_rows(int64_t rows, const F& f) {
   f(std::integral_constant<int, R>());
 }
 
-// f(row, column, sums, count) for every piece of x Wᵀ: x [rows, inner], W [columns, inner].
-template <typename T, typename F>
-void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, const T* x, int64_t x_stride, const T* w,
+// f(row, column, sums, count) for every piece of x Wᵀ, at most panel_columns wide: x [rows, inner], W [columns, inner].
+// The sums are f's to change.
+template <typename S, typename F>
+void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, const S* x, int64_t x_stride, const S* w,
                          int64_t w_stride, const F& f) {
-  for (int64_t strip = 0; strip < rows; strip += strip_rows) {
-    const int64_t end = std::min(rows, strip + strip_rows);
-    const auto block = [&](int64_t column, auto columns_of_block, auto fetch, int64_t row) {
-      constexpr int C = decltype(columns_of_block)::value;
-      with_rows(end - row, [&](auto rows_of_block) {
+  using T = at::opmath_type<S>;
+  constexpr int64_t item = sizeof(S), most_chunk = chunk_bytes / item, unit = Operand<S>::size;
+  const int64_t chunks = std::max<int64_t>(1, (inner + most_chunk - 1) / most_chunk);
+  const int64_t chunk = ((inner + chunks - 1) / chunks + unit - 1) / unit * unit;
+  const int64_t strip_blocks = std::max<int64_t>(1, strip_bytes / (block_rows * chunk * item));
+  const int64_t strip_rows = std::min(most_strip_rows, strip_blocks * block_rows);
+  const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
+  T tile[most_strip_rows][panel_columns];
+
+  // A strip's rows by the columns [first, first + C), and [begin, end) of the inner axis.
+  const auto multiply_strip = [&](int64_t strip, int64_t end_row, int64_t first, int64_t column, auto columns_of_block,
+                                  int64_t begin, int64_t end) {
+    constexpr int C = decltype(columns_of_block)::value;
+    for (int64_t row = strip; row < end_row; row += block_rows) {
+      const auto block = [&](auto rows_of_block, auto fetch) {
         dot_block<decltype(rows_of_block)::value, C, decltype(fetch)::value>(
-            x + row * x_stride, x_stride, w + column * w_stride, w_stride, inner,
-            [&](int r, const T* sums) __attribute__((always_inline)) { f(row + r, column, sums, C); });
+            x + row * x_stride + begin, x_stride, w + (first + column) * w_stride + begin, w_stride, end - begin,
+            [&](int r, const T* sums) __attribute__((always_inline)) {
+              T* target = tile[row - strip + r] + column;
+              for (int c = 0; c < C; ++c) {
+                target[c] = begin == 0 ? sums[c] : target[c] + sums[c];
+              }
+            });
+      };
+      with_rows(end_row - row, [&](auto rows_of_block) {
+        // Each block of rows asks for its share of the next panel.
+        if (C > 1 && column / block_columns % row_blocks == row / block_rows) {
+          block(rows_of_block, std::true_type());
+        } else {
+          block(rows_of_block, std::false_type());
+        }
       });
-    };
-    const auto all_rows = [&](int64_t column, auto columns_of_block) {
-      int64_t row = strip;
-      if (row == 0) {  // the first to touch these weights asks for the next
-        block(column, columns_of_block, std::true_type(), row);
-        row += block_rows;
-      }
-      for (; row < end; row += block_rows) {
-        block(column, columns_of_block, std::false_type(), row);
-      }
-    };
-    int64_t column = 0;
-    for (; column + block_columns <= columns; column += block_columns) {
-      all_rows(column, std::integral_constant<int, block_columns>());
     }
-    for (; column < columns; ++column) {
-      all_rows(column, std::integral_constant<int, 1>());
+  };
+  for (int64_t first = 0; first < columns; first += panel_columns) {
+    const int64_t width = std::min(panel_columns, columns - first);
+    for (int64_t strip = 0; strip < rows; strip += strip_rows) {
+      const int64_t end_row = std::min(rows, strip + strip_rows);
+      for (int64_t begin = 0; begin == 0 || begin < inner; begin += chunk) {
+        const int64_t end = std::min(inner, begin + chunk);
+        int64_t column = 0;
+        for (; column + block_columns <= width; column += block_columns) {
+          multiply_strip(strip, end_row, first, column, std::integral_constant<int, block_columns>(), begin, end);
+        }
+        for (; column < width; ++column) {
+          multiply_strip(strip, end_row, first, column, std::integral_constant<int, 1>(), begin, end);
+        }
+      }
+      for (int64_t row = strip; row < end_row; ++row) {
+        f(row, first, tile[row - strip], static_cast<int>(width));
+      }
     }
   }
 }

@@ -2,7 +2,7 @@
 #include <ATen/ops/empty.h>
 
 #include "../checks.h"
-#include "joint_tokens.h"
+#include "small_tokens.h"
 #include "ops.h"
 #include "samples.h"
 

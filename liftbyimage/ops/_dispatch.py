@@ -97,6 +97,13 @@ def why_not_cpu_in_full_precision(*tensors: Tensor) -> str | None:
     return reason
 
 
+def why_not_cpu_but_half(*tensors: Tensor) -> str | None:
+    reason = why_not_cpu(*tensors)
+    if reason is None and tensors[0].dtype == torch.float16:
+        return "serves float32, float64 and bfloat16, got torch.float16"
+    return reason
+
+
 def why_not_triton(*tensors: Tensor) -> str | None:
     missing = triton_missing()
     if missing is not None:

@@ -18,6 +18,7 @@ OPS = (
     "update_joints",
     "sample_context",
     "attend_tokens",
+    "residual_feed_forward",
 )
 
 
