@@ -51,6 +51,14 @@ TORCH_LIBRARY(liftbyimage, m) {
       "residual_feed_forward_backward(Tensor grad_updated, Tensor tokens, Tensor norm_weight, Tensor norm_bias,"
       " Tensor linear1_weight, Tensor linear1_bias, Tensor linear2_weight, Tensor linear2_bias, Tensor? branch_scale,"
       " Tensor hidden, Tensor statistics, bool[] wanted) -> Tensor[]");
+  m.def(
+      "residual_attention_forward(Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor in_proj_weight,"
+      " Tensor in_proj_bias, Tensor out_proj_weight, Tensor out_proj_bias, Tensor? branch_scale, int heads, float eps,"
+      " bool keep) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_attention_backward(Tensor grad_updated, Tensor tokens, Tensor norm_weight, Tensor norm_bias,"
+      " Tensor in_proj_weight, Tensor in_proj_bias, Tensor out_proj_weight, Tensor out_proj_bias, Tensor? branch_scale,"
+      " Tensor projected, Tensor statistics, int heads, bool[] wanted) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
@@ -70,6 +78,8 @@ TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
   m.impl("attend_tokens_backward", &liftbyimage::cpu::attend_tokens_backward);
   m.impl("residual_feed_forward_forward", &liftbyimage::cpu::residual_feed_forward_forward);
   m.impl("residual_feed_forward_backward", &liftbyimage::cpu::residual_feed_forward_backward);
+  m.impl("residual_attention_forward", &liftbyimage::cpu::residual_attention_forward);
+  m.impl("residual_attention_backward", &liftbyimage::cpu::residual_attention_backward);
 }
 
 namespace {

@@ -171,6 +171,24 @@ _FEED_FORWARD_CASES = (
     Case("large", magnitude=100.0, D=32),
 )
 
+_RESIDUAL_ATTENTION_CASES = (
+    Case("plain", D=32),
+    Case("one_token", J=1, D=32),
+    Case("five_tokens", B=30, H=8, J=5, D=128),
+    Case("head_width_80", H=2, J=17, D=160),
+    Case("head_width_3", B=3, H=5, J=7, D=15),
+    Case("many_tokens", B=3, H=2, J=90, D=34),
+    Case("wide", B=2, H=8, D=640),
+    Case("scaled", B=3, D=32, dropped=0),
+    Case("some_dropped", B=9, D=32, dropped=4),
+    Case("all_dropped", B=3, D=32, dropped=3),
+    Case("empty_batch", B=0),
+    Case("empty_batch_scaled", B=0, dropped=0),
+    Case("strided", layout="strided", D=32, dropped=1),
+    Case("expanded", layout="expanded", B=3),
+    Case("large_logits", magnitude=3.0, D=32),
+)
+
 CASES: dict[str, tuple[Case, ...]] = {
     "attend_patches": (
         *_ATTENTION_CASES,
@@ -209,6 +227,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "sample_context": _SAMPLING_CASES,
     "attend_tokens": _TOKEN_CASES,
     "residual_feed_forward": _FEED_FORWARD_CASES,
+    "residual_attention": _RESIDUAL_ATTENTION_CASES,
 }
 
 
@@ -250,6 +269,9 @@ def make_inputs(
         return {"query_key_value": packed, "heads": case.H, "scale": case.scale}
     if op == "residual_feed_forward":
         return _feed_forward_inputs(case, draw)
+
+    if op == "residual_attention":
+        return _residual_attention_inputs(case, draw)
 
     key_heads = 1 if case.shared_head else case.H
     key = draw(case.B, key_heads, case.P, case.E)
@@ -346,6 +368,28 @@ def _feed_forward_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, A
         "linear1_bias": weight(hidden),
         "linear2_weight": weight(dim, hidden),
         "linear2_bias": weight(dim),
+    }
+    if case.dropped is not None:
+        inputs["branch_scale"] = _branch_scale(case, inputs["tokens"])
+    return inputs
+
+
+def _residual_attention_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    dim = case.D
+
+    def weight(*shape: int) -> Tensor:
+        values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5  # as in _joint_inputs
+        return values
+
+    inputs: dict[str, Any] = {
+        "tokens": draw(case.B, case.J, dim),
+        "norm_weight": 1 + weight(dim),
+        "norm_bias": weight(dim),
+        "in_proj_weight": weight(3 * dim, dim) * case.magnitude,
+        "in_proj_bias": weight(3 * dim),
+        "out_proj_weight": weight(dim, dim),
+        "out_proj_bias": weight(dim),
+        "heads": case.H,
     }
     if case.dropped is not None:
         inputs["branch_scale"] = _branch_scale(case, inputs["tokens"])

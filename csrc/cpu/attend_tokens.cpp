@@ -4,8 +4,6 @@
 
 #include "../checks.h"
 #include "ops.h"
-#include "parallel.h"
-#include "tiles.h"
 #include "token_attention.h"
 
 namespace liftbyimage::cpu {
@@ -25,19 +23,6 @@ TokenShape token_shape(const at::Tensor& query_key_value, int64_t heads) {
   TORCH_CHECK(packed % 3 == 0, "query_key_value must have a width 3D, got ", packed);
   TORCH_CHECK(heads >= 1 && packed / 3 % heads == 0, "heads must divide D = ", packed / 3, ", got ", heads);
   return {query_key_value.size(0), query_key_value.size(1), heads, packed / 3 / heads};
-}
-
-// f(sample, first head, heads): as many heads at once as give about five vectors of queries; small tasks together.
-template <typename F>
-void for_head_groups(const TokenShape& shape, const F& f) {
-  constexpr int64_t most_queries = 80, task_products = 1 << 17;  // 2^17 multiply-adds take about 3 µs
-  const int64_t count = std::clamp<int64_t>(most_queries / shape.tokens, 1, shape.heads);
-  const int64_t groups = divide_up(shape.heads, count);
-  const int64_t products = 2 * shape.tokens * shape.tokens * count * shape.head_width;
-  parallel_tasks(shape.batch * groups, divide_up(task_products, products), [&](int64_t task) {
-    const int64_t first = task % groups * count;
-    f(task / groups, first, std::min(count, shape.heads - first));
-  });
 }
 
 // target [rows, width] = source, both in rows of their own stride
@@ -109,7 +94,7 @@ class HeadGroup {
 
   void differentiate(const PackedTokens<T>& in, const T* grad, int64_t grad_stride, T* scratch, T* grads,
                      int64_t distance) const {
-    attention_.backward(in, grad, grad_stride, scratch, grads, grads + distance, grads + 2 * distance);
+    attention_.backward(in, grad, grad_stride, scratch, nullptr, grads, grads + distance, grads + 2 * distance);
   }
 
   TokenAttention<T> attention_;
@@ -125,7 +110,7 @@ at::Tensor attend_tokens_forward(const at::Tensor& query_key_value_in, int64_t h
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, attended.scalar_type(), "attend_tokens_forward", [&] {
     const scalar_t* packed = query_key_value.const_data_ptr<scalar_t>();
     scalar_t* result = attended.mutable_data_ptr<scalar_t>();
-    for_head_groups(shape, [&](int64_t sample, int64_t first, int64_t count) {
+    for_head_groups(shape.batch, shape.tokens, heads, shape.head_width, [&](int64_t sample, int64_t first, int64_t count) {
       const int64_t row = sample * shape.tokens * shape.width(), column = first * shape.head_width;
       HeadGroup<scalar_t>(shape, count, scale).forward(packed + 3 * row + column, result + row + column);
     });
@@ -143,7 +128,7 @@ at::Tensor attend_tokens_backward(const at::Tensor& grad_in, const at::Tensor& q
     const scalar_t* packed = query_key_value.const_data_ptr<scalar_t>();
     const scalar_t* cotangent = grad.const_data_ptr<scalar_t>();
     scalar_t* result = grad_query_key_value.mutable_data_ptr<scalar_t>();
-    for_head_groups(shape, [&](int64_t sample, int64_t first, int64_t count) {
+    for_head_groups(shape.batch, shape.tokens, heads, shape.head_width, [&](int64_t sample, int64_t first, int64_t count) {
       const int64_t row = sample * shape.tokens * shape.width(), column = first * shape.head_width;
       HeadGroup<scalar_t>(shape, count, scale)
           .backward(packed + 3 * row + column, cotangent + row + column, result + 3 * row + column);

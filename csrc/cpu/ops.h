@@ -98,4 +98,18 @@ std::vector<at::Tensor> residual_feed_forward_backward(
     const at::Tensor& linear2_weight, const at::Tensor& linear2_bias, const OptionalTensor& branch_scale,
     const at::Tensor& hidden, const at::Tensor& statistics, c10::List<bool> wanted);
 
+// -> updated [B,T,D], projected [B,T,3D] and statistics [B,T,2] or [0] each
+Tensor3 residual_attention_forward(const at::Tensor& tokens, const at::Tensor& norm_weight,
+                                   const at::Tensor& norm_bias, const at::Tensor& in_proj_weight,
+                                   const at::Tensor& in_proj_bias, const at::Tensor& out_proj_weight,
+                                   const at::Tensor& out_proj_bias, const OptionalTensor& branch_scale, int64_t heads,
+                                   double eps, bool keep);
+
+// -> gradients of the wanted among the forward's tensors, in their order; branch_scale has none
+std::vector<at::Tensor> residual_attention_backward(
+    const at::Tensor& grad_updated, const at::Tensor& tokens, const at::Tensor& norm_weight,
+    const at::Tensor& norm_bias, const at::Tensor& in_proj_weight, const at::Tensor& in_proj_bias,
+    const at::Tensor& out_proj_weight, const at::Tensor& out_proj_bias, const OptionalTensor& branch_scale,
+    const at::Tensor& projected, const at::Tensor& statistics, int64_t heads, c10::List<bool> wanted);
+
 }  // namespace liftbyimage::cpu

@@ -3,13 +3,18 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "parallel.h"
 #include "row_products.h"
+#include "tiles.h"
 #include "vectors.h"
 
 // softmax(scale · Q Kᵀ) V over the few tokens of one sequence, several heads at a time, T = float or double. The
 // attention lies with its keys as rows and the queries of all heads as columns, [T, H·T]: the softmax then runs down
 // the columns, a vector of queries at a time, without a sum over lanes and with no partial vector but the last.
 namespace liftbyimage::cpu {
+
+// Queries of a sequence that are taken together, where a head has not more: five vectors of them.
+constexpr int64_t most_queries = 80;
 
 // Heads side by side, [tokens, heads · head_width] each, in rows of `stride`.
 template <typename T>
@@ -39,12 +44,17 @@ class TokenAttention {
     });
   }
 
-  // grad [tokens, heads · head_width] is that of the result; the others those of the inputs, in rows of in.stride.
-  void backward(const PackedTokens<T>& in, const T* grad, int64_t grad_stride, T* scratch, T* grad_query, T* grad_key,
-                T* grad_value) const {
+  // grad [tokens, heads · head_width] is that of the result, in rows as `attended`, which is given again unless it is
+  // null; the others are those of the inputs, in rows of in.stride.
+  void backward(const PackedTokens<T>& in, const T* grad, int64_t grad_stride, T* scratch, T* attended, T* grad_query,
+                T* grad_key, T* grad_value) const {
     T* attention = scratch;                       // [tokens, H·T]
     T* grad_scores = scratch + scratch_size();    // [tokens, H·T]
-    attend(in, attention);
+    if (attended != nullptr) {
+      forward(in, attention, attended, grad_stride);
+    } else {
+      attend(in, attention);
+    }
     for_heads([&](int64_t column, int64_t query) {
       multiply(tokens, head_width, tokens, attention + query, queries(), 1, grad + column, grad_stride,
                grad_value + column, in.stride);
@@ -127,5 +137,17 @@ class TokenAttention {
     });
   }
 };
+
+// f(sequence, first head, heads): as many heads at once as give about five vectors of queries; small tasks together.
+template <typename F>
+void for_head_groups(int64_t batch, int64_t tokens, int64_t heads, int64_t head_width, const F& f) {
+  constexpr int64_t task_products = 1 << 17;  // multiply-adds, which take about 3 µs
+  const int64_t size = std::clamp<int64_t>(most_queries / tokens, 1, heads), groups = divide_up(heads, size);
+  const int64_t products = 2 * tokens * tokens * size * head_width;
+  parallel_tasks(batch * groups, divide_up(task_products, products), [&](int64_t task) {
+    const int64_t first = task % groups * size;
+    f(task / groups, first, std::min(size, heads - first));
+  });
+}
 
 }  // namespace liftbyimage::cpu

@@ -8,6 +8,7 @@ joint_queries           self-attention over joints, and what they ask of the pat
 update_joints           what joints make of the answer: output projection, feed-forward and layer norms
 sample_context          read feature maps at learned places about the joints (deformable context)
 attend_tokens           self-attention of few tokens from their packed projection
+residual_attention      attention half of a pre-norm transformer block, with stochastic depth
 residual_feed_forward   feed-forward half of a pre-norm transformer block, with stochastic depth
 keep_count              how many patches a retention keeps
 explain                 which backend serves a call, and why the others do not
@@ -20,6 +21,7 @@ from liftbyimage.ops.guide_patches import GuidedPatches, guide_patches
 from liftbyimage.ops.joint_queries import JointQueries, joint_queries
 from liftbyimage.ops.pose_guided_attention import PoseGuidedAttention, pose_guided_attention
 from liftbyimage.ops.prune_patches import PrunedPatches, keep_count, prune_patches
+from liftbyimage.ops.residual_attention import residual_attention
 from liftbyimage.ops.residual_feed_forward import residual_feed_forward
 from liftbyimage.ops.sample_context import sample_context
 from liftbyimage.ops.update_joints import update_joints
@@ -40,6 +42,7 @@ __all__ = [
     "pose_guided_attention",
     "prune_patches",
     "sample_context",
+    "residual_attention",
     "residual_feed_forward",
     "update_joints",
 ]

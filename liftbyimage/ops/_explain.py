@@ -19,6 +19,7 @@ OPS = (
     "sample_context",
     "attend_tokens",
     "residual_feed_forward",
+    "residual_attention",
 )
 
 

@@ -1,0 +1,324 @@
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "../checks.h"
+#include "linear_gradients.h"
+#include "ops.h"
+#include "residual_branch.h"
+#include "small_tokens.h"
+#include "token_attention.h"
+
+namespace liftbyimage::cpu {
+namespace {
+
+template <typename T>
+T softmax_scale(int64_t head_width) {
+  return T(1) / std::sqrt(static_cast<T>(head_width));
+}
+
+template <typename T>
+PackedTokens<T> packed_tokens(const T* projected, int64_t width) {
+  return {projected, projected + width, projected + 2 * width, 3 * width};
+}
+
+// S is the type of tensors and of the products' operands, T that of sums and of the attention.
+template <typename S, typename T>
+class ResidualAttention {
+ public:
+  ResidualBranch<S, T> branch;
+  int64_t heads;
+  Linear<T, S> in_proj, out_proj;
+  S* projected_out;  // [B, T, 3D], null: not kept
+
+  // Samples [first, first + size) of those kept.
+  void run(int64_t first, int64_t size) const {
+    const int64_t rows = size * branch.count, width = branch.width;
+    const Buffer<S> operands = uninitialized<S>(rows * 2 * width);
+    S* normalized = operands.get();             // [rows, D]
+    S* attended = normalized + rows * width;    // [rows, D]
+    const Buffer<T> scratch = uninitialized<T>(keeps_in_place() ? 0 : rows * 3 * width);
+    branch.normalize(first, rows, normalized);
+    for_columns(heads, heads_together(), [&](int64_t head, int64_t count) {
+      project(first, rows, head, count, normalized, scratch.get());
+      attend(first, size, head, count, scratch.get(), attended);
+    });
+    for_columns(width, task_columns, [&](int64_t column, int64_t columns) {
+      for_linear(out_proj, column, columns, attended, rows, [&](int64_t row, int64_t at, const T* y, int64_t count) {
+        branch.add(first, row, at, y, count);
+      });
+    });
+  }
+
+ private:
+  int64_t head_width() const { return branch.width / heads; }
+
+  // A thread with a group of its own takes as many heads at once as serve the attention best.
+  int64_t heads_together() const {
+    const int64_t most = at::in_parallel_region() ? most_queries / branch.count : 1;
+    return std::max(heads_per_task(head_width()), most);
+  }
+
+  bool keeps_in_place() const { return std::is_same_v<S, T> && projected_out != nullptr; }
+
+  // The packed projection [T, 3D] of a sample: where it is kept, or [samples, T, 3D] of the group in `scratch`.
+  T* projected_of(int64_t first, int64_t sample, T* scratch) const {
+    const int64_t size = branch.count * 3 * branch.width;
+    if constexpr (std::is_same_v<S, T>) {
+      if (projected_out != nullptr) {
+        return projected_out + branch.kept.samples[first + sample] * size;
+      }
+    }
+    return scratch + sample * size;
+  }
+
+  // Query, key and value of heads [head, head + count).
+  void project(int64_t first, int64_t rows, int64_t head, int64_t count, const S* normalized, T* scratch) const {
+    const int64_t E = head_width(), width = branch.width;
+    for (int64_t part = 0; part < 3; ++part) {
+      for_linear(in_proj, part * width + head * E, count * E, normalized, rows,
+                 [&](int64_t row, int64_t column, const T* y, int64_t size) {
+                   const int64_t at = row % branch.count * 3 * width + column;
+                   std::copy_n(y, size, projected_of(first, row / branch.count, scratch) + at);
+                   if (!keeps_in_place() && projected_out != nullptr) {
+                     at::vec::convert(y, projected_out + branch.token_of(first, row) * 3 * width + column, size);
+                   }
+                 });
+    }
+  }
+
+  void attend(int64_t first, int64_t samples, int64_t head, int64_t count, T* projected, S* attended) const {
+    const int64_t E = head_width(), width = branch.width, tokens = branch.count, columns = count * E;
+    const TokenAttention<T> attention{tokens, count, E, softmax_scale<T>(E)};
+    constexpr bool in_place = std::is_same_v<S, T>;
+    const int64_t size = attention.scratch_size();
+    const Buffer<T> scratch = uninitialized<T>(size + (in_place ? 0 : tokens * columns));
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      const PackedTokens<T> in = packed_tokens<T>(projected_of(first, sample, projected) + head * E, width);
+      S* target = attended + sample * tokens * width + head * E;
+      if constexpr (in_place) {
+        attention.forward(in, scratch.get(), target, width);
+      } else {
+        attention.forward(in, scratch.get(), scratch.get() + size, columns);
+        for (int64_t token = 0; token < tokens; ++token) {
+          at::vec::convert(scratch.get() + size + token * columns, target + token * width, columns);
+        }
+      }
+    }
+  }
+};
+
+// Gradients over the kept samples, in chunks of whole samples. The products with weights are those of BLAS.
+template <typename T>
+class ResidualAttentionBackward {
+ public:
+  ResidualBranchBackward<T> branch;
+  int64_t heads;
+  const T* in_proj_weight;
+  const T* out_proj_weight;
+  const T* projected;  // [B, T, 3D]
+  // As the tensors of the forward; null where not wanted. They start at zero.
+  T* grad_in_proj_weight;
+  T* grad_in_proj_bias;
+  T* grad_out_proj_weight;
+  T* grad_out_proj_bias;
+
+  void run() const {
+    const int64_t width = branch.width, samples = branch.kept.size();
+    const int64_t most = std::min(samples, std::max<int64_t>(1, chunk_rows / branch.count)) * branch.count;
+    const Buffer<T> scratch = uninitialized<T>(most * 8 * width);
+    T* grad_branch = scratch.get();                     // [rows, D]
+    T* normalized = grad_branch + most * width;         // [rows, D]
+    T* grad_attended = normalized + most * width;       // [rows, D], then that of what is normalized
+    T* attended = grad_attended + most * width;         // [rows, D]
+    T* grad_projected = attended + most * width;        // [rows, 3D]
+    for (int64_t first = 0; first < samples * branch.count; first += most) {
+      const int64_t rows = std::min(most, samples * branch.count - first);
+      branch.begin(first, rows, grad_branch, normalized);
+      tiled_product(Transpose::no, Transpose::no, rows, width, width, grad_branch, width, out_proj_weight, width,
+                    false, grad_attended, width);
+      differentiate_attention(first, rows, grad_attended, attended, grad_projected);
+      if (branch.wants_normalized()) {
+        tiled_product(Transpose::no, Transpose::no, rows, width, 3 * width, grad_projected, 3 * width, in_proj_weight,
+                      width, false, grad_attended, width);
+      }
+      branch.finish(first, rows, grad_attended);
+      add_weight_gradients(first > 0, rows, grad_branch, normalized, attended, grad_projected);
+    }
+  }
+
+ private:
+  void differentiate_attention(int64_t first, int64_t rows, const T* grad_attended, T* attended,
+                               T* grad_projected) const {
+    const int64_t tokens = branch.count, width = branch.width, E = width / heads;
+    for_head_groups(rows / tokens, tokens, heads, E, [&](int64_t sample, int64_t head, int64_t count) {
+      const TokenAttention<T> attention{tokens, count, E, softmax_scale<T>(E)};
+      const Buffer<T> scratch = uninitialized<T>(attention.backward_scratch_size());
+      const int64_t row = sample * tokens, column = head * E;
+      T* grads = grad_projected + row * 3 * width + column;
+      attention.backward(packed_tokens(projected + branch.token_of(first + row) * 3 * width + column, width),
+                         grad_attended + row * width + column, width, scratch.get(), attended + row * width + column,
+                         grads, grads + width, grads + 2 * width);
+    });
+  }
+
+  void add_weight_gradients(bool add, int64_t rows, const T* grad_branch, const T* normalized, const T* attended,
+                            const T* grad_projected) const {
+    const int64_t width = branch.width;
+    if (grad_out_proj_weight != nullptr) {
+      tiled_product(Transpose::yes, Transpose::no, width, width, rows, grad_branch, width, attended, width, add,
+                    grad_out_proj_weight, width);
+    }
+    if (grad_in_proj_weight != nullptr) {
+      tiled_product(Transpose::yes, Transpose::no, 3 * width, width, rows, grad_projected, 3 * width, normalized, width,
+                    add, grad_in_proj_weight, width);
+    }
+    if (grad_out_proj_bias != nullptr) {
+      add_column_sums(rows, width, grad_branch, grad_out_proj_bias);
+    }
+    if (grad_in_proj_bias != nullptr) {
+      add_column_sums(rows, 3 * width, grad_projected, grad_in_proj_bias);
+    }
+  }
+};
+
+void check_arguments(const at::Tensor& tokens, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                     const at::Tensor& in_proj_weight, const at::Tensor& in_proj_bias,
+                     const at::Tensor& out_proj_weight, const at::Tensor& out_proj_bias,
+                     const OptionalTensor& branch_scale, int64_t heads) {
+  check_rank(tokens, 3, "tokens");
+  const int64_t width = tokens.size(2);
+  TORCH_CHECK(heads >= 1 && width % heads == 0, "heads must divide D = ", width, ", got ", heads);
+  check_matches(tokens, tokens.sizes(), tokens, "tokens");
+  check_matches(norm_weight, {width}, tokens, "norm_weight");
+  check_matches(norm_bias, {width}, tokens, "norm_bias");
+  check_matches(in_proj_weight, {3 * width, width}, tokens, "in_proj_weight");
+  check_matches(in_proj_bias, {3 * width}, tokens, "in_proj_bias");
+  check_matches(out_proj_weight, {width, width}, tokens, "out_proj_weight");
+  check_matches(out_proj_bias, {width}, tokens, "out_proj_bias");
+  check_matches(branch_scale, {tokens.size(0)}, tokens, "branch_scale");
+}
+
+}  // namespace
+
+Tensor3 residual_attention_forward(const at::Tensor& tokens_in, const at::Tensor& norm_weight_in,
+                                   const at::Tensor& norm_bias_in, const at::Tensor& in_proj_weight_in,
+                                   const at::Tensor& in_proj_bias_in, const at::Tensor& out_proj_weight_in,
+                                   const at::Tensor& out_proj_bias_in, const OptionalTensor& branch_scale,
+                                   int64_t heads, double eps, bool keep) {
+  check_arguments(tokens_in, norm_weight_in, norm_bias_in, in_proj_weight_in, in_proj_bias_in, out_proj_weight_in,
+                  out_proj_bias_in, branch_scale, heads);
+  const int64_t batch = tokens_in.size(0), count = tokens_in.size(1), width = tokens_in.size(2);
+  const at::ScalarType sums = sums_type(tokens_in.scalar_type());
+  const at::Tensor tokens = tokens_in.contiguous();
+  const at::Tensor norm_weight = norm_weight_in.to(sums).contiguous(), norm_bias = norm_bias_in.to(sums).contiguous();
+  const at::Tensor in_proj_weight = in_proj_weight_in.contiguous(), out_proj_weight = out_proj_weight_in.contiguous();
+  const at::Tensor in_proj_bias = in_proj_bias_in.to(sums).contiguous();
+  const at::Tensor out_proj_bias = out_proj_bias_in.to(sums).contiguous();
+  const at::Tensor updated = at::empty({batch, count, width}, tokens.options());
+  const auto kept_tensor = [&](int64_t columns, at::ScalarType type) {
+    const auto options = tokens.options().dtype(type);
+    return keep ? at::empty({batch, count, columns}, options) : at::empty({0}, options);
+  };
+  const at::Tensor projected = kept_tensor(3 * width, tokens.scalar_type()), statistics = kept_tensor(2, sums);
+
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, tokens.scalar_type(), "residual_attention_forward", [&] {
+    using S = scalar_t;
+    using T = at::opmath_type<S>;
+    const KeptSamples<T> kept(branch_scale, batch);
+    if (kept.size() < batch) {
+      updated.copy_(tokens);
+    }
+    const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<T>(); };
+    const ResidualAttention<S, T> kernel{{count,
+                                          width,
+                                          {data(norm_weight), data(norm_bias), width, static_cast<T>(eps)},
+                                          kept,
+                                          tokens.const_data_ptr<S>(),
+                                          updated.mutable_data_ptr<S>(),
+                                          keep ? statistics.mutable_data_ptr<T>() : nullptr},
+                                         heads,
+                                         {in_proj_weight.const_data_ptr<S>(), data(in_proj_bias), width},
+                                         {out_proj_weight.const_data_ptr<S>(), data(out_proj_bias), width},
+                                         keep ? projected.mutable_data_ptr<S>() : nullptr};
+    for_groups(kept.size(), count, [&](int64_t first, int64_t size) { kernel.run(first, size); });
+  });
+  return {updated, projected, statistics};
+}
+
+std::vector<at::Tensor> residual_attention_backward(
+    const at::Tensor& grad_updated_in, const at::Tensor& tokens_in, const at::Tensor& norm_weight_in,
+    const at::Tensor& norm_bias_in, const at::Tensor& in_proj_weight_in, const at::Tensor& in_proj_bias_in,
+    const at::Tensor& out_proj_weight_in, const at::Tensor& out_proj_bias_in, const OptionalTensor& branch_scale,
+    const at::Tensor& projected_in, const at::Tensor& statistics_in, int64_t heads, c10::List<bool> wanted) {
+  check_arguments(tokens_in, norm_weight_in, norm_bias_in, in_proj_weight_in, in_proj_bias_in, out_proj_weight_in,
+                  out_proj_bias_in, branch_scale, heads);
+  const int64_t batch = tokens_in.size(0), count = tokens_in.size(1), width = tokens_in.size(2);
+  const at::ScalarType type = tokens_in.scalar_type(), sums = sums_type(type);
+  check_matches(grad_updated_in, tokens_in.sizes(), tokens_in, "grad_updated");
+  check_matches(projected_in, {batch, count, 3 * width}, tokens_in, "projected");
+  check_shape(statistics_in, {batch, count, 2}, "statistics");
+  TORCH_CHECK(statistics_in.scalar_type() == sums, "statistics must have dtype ", sums, ", got ",
+              statistics_in.scalar_type());
+  const std::array<const at::Tensor*, 7> inputs = {&tokens_in,       &norm_weight_in,     &norm_bias_in,
+                                                   &in_proj_weight_in, &in_proj_bias_in, &out_proj_weight_in,
+                                                   &out_proj_bias_in};
+  TORCH_CHECK(wanted.size() == inputs.size() + 1 && !wanted[inputs.size()],
+              "wanted must have ", inputs.size() + 1, " entries, the last of them false");
+  const at::Tensor grad_updated = operand(grad_updated_in, sums), tokens = operand(tokens_in, sums);
+  const at::Tensor norm_weight = operand(norm_weight_in, sums), norm_bias = operand(norm_bias_in, sums);
+  const at::Tensor in_proj_weight = operand(in_proj_weight_in, sums);
+  const at::Tensor out_proj_weight = operand(out_proj_weight_in, sums);
+  const at::Tensor projected = operand(projected_in, sums), statistics = statistics_in.contiguous();
+
+  std::array<at::Tensor, 7> grads;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (wanted[i]) {
+      grads[i] = at::zeros(inputs[i]->sizes(), tokens.options());
+    }
+  }
+  AT_DISPATCH_FLOATING_TYPES(sums, "residual_attention_backward", [&] {
+    using T = scalar_t;
+    const KeptSamples<T> kept(branch_scale, batch);
+    if (grads[0].defined() && kept.size() < batch) {
+      grads[0].copy_(grad_updated);
+    }
+    const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<T>(); };
+    const auto target = [&](int i) { return grads[i].defined() ? grads[i].mutable_data_ptr<T>() : nullptr; };
+    ResidualAttentionBackward<T>{{count,
+                                  width,
+                                  {data(norm_weight), data(norm_bias), width, T(0)},
+                                  kept,
+                                  data(tokens),
+                                  data(grad_updated),
+                                  data(statistics),
+                                  target(0),
+                                  target(1),
+                                  target(2)},
+                                 heads,
+                                 data(in_proj_weight),
+                                 data(out_proj_weight),
+                                 data(projected),
+                                 target(3),
+                                 target(4),
+                                 target(5),
+                                 target(6)}
+        .run();
+  });
+  std::vector<at::Tensor> results;
+  for (const at::Tensor& grad : grads) {
+    if (grad.defined()) {
+      results.push_back(grad.to(type));
+    }
+  }
+  return results;
+}
+
+}  // namespace liftbyimage::cpu

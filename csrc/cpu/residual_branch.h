@@ -1,0 +1,126 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "linear_gradients.h"
+#include "small_tokens.h"
+
+// The ends of a pre-norm branch with stochastic depth, updated = tokens + scale · branch(LayerNorm(tokens)), over the
+// samples whose branch is computed. Their rows are counted without the others.
+namespace liftbyimage::cpu {
+
+// S is the type of tensors, T that of sums.
+template <typename S, typename T>
+struct ResidualBranch {
+  int64_t count, width;  // tokens of a sample, D
+  LayerNorm<T> norm;
+  const KeptSamples<T>& kept;
+  const S* tokens;  // [B, T, D], as updated
+  S* updated;
+  T* statistics;    // [B, T, 2], null: not kept
+
+  // Where row `row` of the kept samples from `first` on lies among all tokens.
+  int64_t token_of(int64_t first, int64_t row) const { return kept.samples[first + row / count] * count + row % count; }
+
+  void normalize(int64_t first, int64_t rows, S* normalized) const {
+    constexpr int64_t grain = 24;  // a row takes about 0.1 µs, waking a thread a few
+    parallel_tasks(rows, grain, [&](int64_t row) {
+      const int64_t token = token_of(first, row);
+      const S* source = tokens + token * width;
+      S* target = normalized + row * width;
+      RowStatistics<T> found;
+      if constexpr (std::is_same_v<S, T>) {
+        found = normalize_row(norm, source, target);
+      } else {
+        const Buffer<T> wide = uninitialized<T>(width);
+        at::vec::convert(source, wide.get(), width);
+        found = normalize_row(norm, wide.get(), wide.get());
+        at::vec::convert(wide.get(), target, width);
+      }
+      if (statistics != nullptr) {
+        statistics[2 * token] = found.mean;
+        statistics[2 * token + 1] = found.reciprocal_deviation;
+      }
+    });
+  }
+
+  // `size` columns of a row of the branch join the residual.
+  void add(int64_t first, int64_t row, int64_t column, const T* branch, int64_t size) const {
+    const int64_t at = token_of(first, row) * width + column;
+    const T scale = kept.scales[first + row / count];
+    for (int64_t c = 0; c < size; ++c) {
+      updated[at + c] = static_cast<S>(static_cast<T>(tokens[at + c]) + scale * branch[c]);
+    }
+  }
+};
+
+template <typename T>
+struct ResidualBranchBackward {
+  int64_t count, width;
+  LayerNorm<T> norm;
+  const KeptSamples<T>& kept;
+  const T* tokens;       // [B, T, D], as grad_updated
+  const T* grad_updated;
+  const T* statistics;   // [B, T, 2]
+  // As the tensors of the forward; null where not wanted. All but the tokens' start at zero.
+  T* grad_tokens;
+  T* grad_norm_weight;
+  T* grad_norm_bias;
+
+  int64_t token_of(int64_t row) const { return kept.samples[row / count] * count + row % count; }
+
+  bool wants_normalized() const {
+    return grad_tokens != nullptr || grad_norm_weight != nullptr || grad_norm_bias != nullptr;
+  }
+
+  // The gradient of the branch's result, and its input again, [size, D] each, for the kept rows [first, first + size).
+  void begin(int64_t first, int64_t size, T* grad_branch, T* normalized) const {
+    parallel_tasks(size, 24, [&](int64_t row) {
+      const int64_t token = token_of(first + row);
+      scale_row(grad_branch + row * width, grad_updated + token * width, kept.scales[(first + row) / count], width,
+                false);
+      normalize_row(norm, statistics_at(token), tokens + token * width, normalized + row * width);
+    });
+  }
+
+  // What the gradient of the branch's input [size, D] gives tokens and layer norm.
+  void finish(int64_t first, int64_t size, const T* grad_normalized) const {
+    using Vec = at::vec::Vectorized<T>;
+    if (grad_tokens != nullptr) {
+      parallel_tasks(size, 24, [&](int64_t row) {
+        const int64_t token = token_of(first + row), at = token * width;
+        normalize_row_backward(norm, statistics_at(token), tokens + at, grad_normalized + row * width,
+                               grad_updated + at, grad_tokens + at);
+      });
+    }
+    if (grad_norm_bias != nullptr) {
+      add_column_sums(size, width, grad_normalized, grad_norm_bias);
+    }
+    if (grad_norm_weight != nullptr) {
+      add_column_sums(size, width, grad_norm_weight, [&](int64_t row, int64_t column, int64_t lanes) {
+        const int64_t token = token_of(first + row);
+        const RowStatistics<T> found = statistics_at(token);
+        const Vec normal =
+            (Vec::loadu(tokens + token * width + column, lanes) - Vec(found.mean)) * Vec(found.reciprocal_deviation);
+        return normal * Vec::loadu(grad_normalized + row * width + column, lanes);
+      });
+    }
+  }
+
+ private:
+  RowStatistics<T> statistics_at(int64_t token) const { return {statistics[2 * token], statistics[2 * token + 1]}; }
+};
+
+inline at::ScalarType sums_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Dense and aligned: BLAS sums in an order that depends on its operands' alignment.
+inline at::Tensor operand(const at::Tensor& tensor, at::ScalarType type) {
+  const at::Tensor dense = tensor.to(type).contiguous();
+  return is_aligned(dense.const_data_ptr()) ? dense : dense.clone();
+}
+
+}  // namespace liftbyimage::cpu
