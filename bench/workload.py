@@ -69,6 +69,7 @@ class Workload:
             reference in the dtype; without, the rule of liftbyimage.testing.
         trained: whether the parameter of a name gets a gradient.
         coupled: samples depend on each other (batch norm in training).
+        frozen: places of the inputs that get no gradient.
     """
 
     op: str
@@ -82,6 +83,7 @@ class Workload:
     bounds: Mapping[torch.dtype, float] | None = None
     trained: Callable[[str], bool] = lambda name: True
     coupled: bool = False
+    frozen: Sequence[int] = ()
 
     @property
     def group(self) -> str:
@@ -161,7 +163,8 @@ def draw(workload: Workload, seed: int) -> Call:
     """A seeded set of inputs; cotangents only where there is a backward."""
     generator = torch.Generator().manual_seed(seed)
     training = workload.setting.direction == TRAINING
-    inputs = [tensor.to(DEVICE).requires_grad_(training) for tensor in workload.inputs(generator, DTYPE)]
+    drawn = enumerate(workload.inputs(generator, DTYPE))
+    inputs = [tensor.to(DEVICE).requires_grad_(training and i not in workload.frozen) for i, tensor in drawn]
     shapes = workload.cotangents if training else {}
     cotangents = {name: torch.randn(shape, generator=generator).to(DEVICE, DTYPE) for name, shape in shapes.items()}
     return Call(tuple(inputs), cotangents)

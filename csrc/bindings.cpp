@@ -59,6 +59,10 @@ TORCH_LIBRARY(liftbyimage, m) {
       "residual_attention_backward(Tensor grad_updated, Tensor tokens, Tensor norm_weight, Tensor norm_bias,"
       " Tensor in_proj_weight, Tensor in_proj_bias, Tensor out_proj_weight, Tensor out_proj_bias, Tensor? branch_scale,"
       " Tensor projected, Tensor statistics, int heads, bool[] wanted) -> Tensor[]");
+  m.def(
+      "residual_context_forward(Tensor tokens, Tensor pose, Tensor reference, Tensor[] feature_maps,"
+      " Tensor norm_weight, Tensor norm_bias, Tensor weights_weight, Tensor weights_bias, Tensor offsets_weight,"
+      " Tensor offsets_bias, Tensor[] embed_weights, Tensor[] embed_biases, int heads, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
@@ -80,6 +84,7 @@ TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
   m.impl("residual_feed_forward_backward", &liftbyimage::cpu::residual_feed_forward_backward);
   m.impl("residual_attention_forward", &liftbyimage::cpu::residual_attention_forward);
   m.impl("residual_attention_backward", &liftbyimage::cpu::residual_attention_backward);
+  m.impl("residual_context_forward", &liftbyimage::cpu::residual_context_forward);
 }
 
 namespace {

@@ -189,6 +189,20 @@ _RESIDUAL_ATTENTION_CASES = (
     Case("large_logits", magnitude=3.0, D=32),
 )
 
+_RESIDUAL_CASES = (
+    Case("four_levels", D=32),
+    Case("channels_last", D=32, channels_last=True),
+    Case("one_sample", H=1, S=1, D=20, maps=((16, 5, 4), (33, 3, 7))),
+    Case("one_joint", J=1, D=24),
+    Case("five_joints", J=5, S=3, D=36, maps=((20, 7, 5), (5, 1, 1))),
+    Case("published_width", B=3, D=128, maps=((64, 6, 5), (96, 4, 3)), channels_last=True),
+    Case("many_samples", B=9, J=19, H=2, S=2, D=6, maps=((9, 6, 4), (32, 3, 2)), channels_last=True),
+    Case("empty_batch", B=0),
+    Case("strided", layout="strided", D=32),
+    Case("expanded", layout="expanded", B=3),
+    Case("outside", magnitude=3.0, D=32),
+)
+
 CASES: dict[str, tuple[Case, ...]] = {
     "attend_patches": (
         *_ATTENTION_CASES,
@@ -228,6 +242,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "attend_tokens": _TOKEN_CASES,
     "residual_feed_forward": _FEED_FORWARD_CASES,
     "residual_attention": _RESIDUAL_ATTENTION_CASES,
+    "residual_context": _RESIDUAL_CASES,
 }
 
 
@@ -272,6 +287,8 @@ def make_inputs(
 
     if op == "residual_attention":
         return _residual_attention_inputs(case, draw)
+    if op == "residual_context":
+        return _residual_inputs(case, draw)
 
     key_heads = 1 if case.shared_head else case.H
     key = draw(case.B, key_heads, case.P, case.E)
@@ -338,14 +355,41 @@ def _joint_inputs(op: str, case: Case, draw: Callable[..., Tensor]) -> dict[str,
     }
 
 
+def _maps(case: Case, draw: Callable[..., Tensor]) -> list[Tensor]:
+    maps = [draw(case.B, *sizes) for sizes in case.maps]
+    return [values.to(memory_format=torch.channels_last) for values in maps] if case.channels_last else maps
+
+
+def _residual_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    """Weights that keep the size of what passes through them, those of the places times the case's magnitude."""
+    dim, places, head = case.D, case.H * case.S, case.D // case.H
+
+    def weight(*shape: int) -> Tensor:
+        values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5
+        return values
+
+    return {
+        "tokens": draw(case.B, len(case.maps), case.J, dim),
+        "pose": draw(case.B, case.J, dim),
+        "reference": draw(case.B, case.J, 2) * 0.4,
+        "feature_maps": _maps(case, draw),
+        "norm_weight": 1 + weight(dim),
+        "norm_bias": weight(dim),
+        "weights_weight": weight(places, dim) * case.magnitude,
+        "weights_bias": weight(places),
+        "offsets_weight": weight(2 * places, dim) * case.magnitude,
+        "offsets_bias": weight(2 * places),
+        "embed_weights": [weight(head, channels) for channels, _, _ in case.maps],
+        "embed_biases": [weight(head) for _ in case.maps],
+        "heads": case.H,
+    }
+
+
 def _sampling_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
     """Places about the middle of the maps, some of them outside; weights as a softmax gives them."""
-    maps = [draw(case.B, *sizes) for sizes in case.maps]
-    if case.channels_last:
-        maps = [values.to(memory_format=torch.channels_last) for values in maps]
-    levels, places = len(maps), (case.J, case.H, case.S)
+    levels, places = len(case.maps), (case.J, case.H, case.S)
     return {
-        "feature_maps": maps,
+        "feature_maps": _maps(case, draw),
         "reference": draw(case.B, case.J, 2) * 0.4 * case.magnitude,
         "offsets": draw(case.B, levels, *places, 2) * 0.4 * case.magnitude,
         "weights": draw(case.B, levels, *places).softmax(4),

@@ -87,8 +87,10 @@ SMALL = {
     "update_joints": Case("small", B=2, H=2, J=3, D=6, E=5, F=7),
     "sample_context": Case("small", B=2, H=2, J=3, S=2, maps=((3, 4, 5), (5, 2, 3))),
     "attend_tokens": Case("small", B=2, H=2, J=3, D=6),
+    "residual_context": Case("small", B=2, H=2, J=3, D=6, S=2, maps=((3, 4, 5), (5, 2, 3))),
 }
-PER_SAMPLE = ("joints", "context")  # of their inputs; the others are weights
+RECOMPUTING = (*JOINT_OPS, "residual_context")  # their gradients are PyTorch's own
+PER_SAMPLE = ("joints", "context", "tokens", "pose", "reference", "feature_maps")  # of their inputs; others are weights
 
 
 @pytest.mark.parametrize("op, backend", [(op, b) for op in OPS for b in serving(op, floating64=True)])
@@ -148,6 +150,8 @@ def test_frozen_inputs_get_no_gradient(op, backend, frozen):
         frozen = {"query": "reference", "key": "feature_maps[1]"}[frozen]
     if op == "attend_tokens":
         frozen = "query_key_value"
+    if op == "residual_context":
+        frozen = {"query": "tokens", "key": "embed_weights[1]"}[frozen]
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
     require(op, backend, inputs)
     expected = run(op, differentiable(inputs, torch.float32), backend)[1]
@@ -176,7 +180,7 @@ def test_a_sample_does_not_depend_on_its_batch(op, backend):
     inputs = make_inputs(op, case, torch.float32, device_of(backend))
     require(op, backend, inputs)
     whole, whole_grads = run(op, differentiable(inputs, torch.float32), backend)
-    batched = {n: v for n, v in inputs.items() if op not in JOINT_OPS or n in PER_SAMPLE}
+    batched = {n: v for n, v in inputs.items() if op not in RECOMPUTING or n in PER_SAMPLE}
     alone = inputs | convert(batched, lambda tensor: tensor[3:4])
     result = named_outputs(getattr(ops, op)(**alone, backend=backend))
     for name, value in whole.items():
@@ -199,8 +203,8 @@ def test_cpu_result_does_not_depend_on_threads(op, dtype, width):
     finally:
         torch.set_num_threads(threads)
     outputs, gradients = zip(*results, strict=True)
-    # The joint ops' gradients are PyTorch's own, which sums as many partial results as there are threads.
-    for first, second in (outputs,) if op in JOINT_OPS else (outputs, gradients):
+    # PyTorch's own gradients sum as many partial results as there are threads.
+    for first, second in (outputs,) if op in RECOMPUTING else (outputs, gradients):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -294,6 +298,7 @@ def test_opcheck(op, backend):
         "update_joints": [1e-5],
         "sample_context": [True],
         "attend_tokens": [2, 0.5],
+        "residual_context": [2, 1e-5],
     }[op]
     if op == "joint_queries":
         tensors.pop()  # the fold, which has its own place among the rest
@@ -318,6 +323,8 @@ def test_opcheck(op, backend):
         arguments = ([torch.randn_like(output) for output in outputs], *tensors, *rest, True, False, [True, False])
     elif op == "attend_tokens":
         arguments = (torch.randn_like(outputs), *tensors, *rest)
+    elif op == "residual_context":
+        arguments = (torch.randn_like(outputs), *tensors, *rest, [True, False, True] * 5)
     else:
         grads = [torch.randn_like(output) for output in outputs[:3]]
         arguments = (*grads, *tensors[:4], outputs[0], outputs[3], 0.5, True, False)
@@ -555,6 +562,7 @@ def test_flop_counter_counts_the_products(op):
         "update_joints": 2 * 3 * 6 * (5 + 6 + 7 + 7),
         "sample_context": 2 * 3 * 2 * 2 * (3 + 5),
         "attend_tokens": 2 * 3 * 6 * (3 + 3),
+        "residual_context": 2 * 3 * (2 * 6 * (4 + 8) + (3 + 5) * (2 * 2 + 6)),
     }
     assert counts["cpu"] == 2 * multiply_adds[op]
 
@@ -637,3 +645,83 @@ def test_tokens_far_below_the_largest_score_get_nothing(backend, scale):
     require("attend_tokens", backend, {"query_key_value": packed})
     attended = ops.attend_tokens(packed, heads=1, scale=scale, backend=backend)
     assert torch.equal(attended, torch.full_like(attended, 4.0))
+
+
+SAMPLING = [b.name for b in backends_of("sample_context")]
+
+
+@pytest.mark.parametrize("backend", SAMPLING)
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_not_a_number_in_a_place_stays_in_its_row(backend, padding):
+    case = Case("nan", J=3, padding=padding)
+    inputs = make_inputs("sample_context", case, torch.float32, device_of(backend))
+    require("sample_context", backend, inputs)
+    inputs["offsets"][0, 1, 2, 3, 1, 0] = float("nan")
+    leaves = differentiable(inputs, torch.float32)
+    contexts, gradients = run("sample_context", leaves, backend)
+    for level, context in enumerate(contexts.values()):
+        rows = context.isnan()
+        assert rows[0, 2, 3].all() if level == 1 else not rows.any()
+        assert rows.sum() == (rows[0, 2, 3].sum() if level == 1 else 0)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert not gradients["offsets"][0, 1, 2, 3].any() and not gradients["weights"][0, 1, 2, 3].any()
+    assert gradients["offsets"][0, 1, 2, 2].any() and gradients["weights"][0, 1, 2, 2].any()
+
+
+@pytest.mark.parametrize("backend", SAMPLING)
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+@pytest.mark.parametrize("far", [float("inf"), -float("inf"), 1e30, -7.0])
+def test_places_far_outside(backend, padding, far):
+    inputs = make_inputs("sample_context", Case("far", J=2, padding=padding), torch.float32, device_of(backend))
+    require("sample_context", backend, inputs)
+    inputs["offsets"][..., 0] = far
+    leaves = differentiable(inputs, torch.float32)
+    contexts, gradients = run("sample_context", leaves, backend)
+    border = inputs | {"offsets": inputs["offsets"].clamp(-5, 5)}
+    assert all(torch.equal(contexts[name], value) for name, value in run("sample_context", border, backend)[0].items())
+    assert all(context.any() for context in contexts.values()) == (padding == "border")
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert not gradients["offsets"][..., 0].any()
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_sampling_is_grid_sample(padding):
+    inputs = make_inputs("sample_context", Case("oracle", magnitude=2.0, padding=padding), torch.float64)
+    leaves = differentiable(inputs, torch.float64)
+    contexts, gradients = run("sample_context", leaves)
+    places = (leaves["reference"][:, None, :, None, None] + leaves["offsets"]).flatten(3, 4)
+    expected = []
+    for level, feature_map in enumerate(leaves["feature_maps"]):
+        read = torch.nn.functional.grid_sample(
+            feature_map, places[:, level], padding_mode=padding, align_corners=True
+        ).unflatten(3, inputs["offsets"].shape[3:5])
+        expected.append(torch.einsum("bcjhs,bjhs->bjhc", read, leaves["weights"][:, level]))
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in expected]
+    tensors = named_tensors(leaves)
+    for actual, wanted in zip(contexts.values(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    for name, wanted in zip(tensors, torch.autograd.grad(expected, list(tensors.values()), cotangents), strict=True):
+        torch.testing.assert_close(gradients[name], wanted)
+
+
+def test_frozen_maps_get_no_gradient_memory():
+    from liftbyimage.ops.sample_context import BACKENDS
+
+    inputs = make_inputs("sample_context", SMALL["sample_context"], torch.float32)
+    require("sample_context", "cpu", inputs)
+    arguments = [inputs[name] for name in ("feature_maps", "reference", "offsets", "weights")]
+    contexts = BACKENDS[0].forward(*arguments, False)
+    places, weights, maps = BACKENDS[0].backward(contexts, *arguments, False, False, True, [False, True])
+    assert [places.numel(), maps[0].numel()] == [0, 0]
+    assert weights.shape == inputs["weights"].shape and maps[1].shape == inputs["feature_maps"][1].shape
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("residual_context")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_in_a_token_stays_in_it(backend, bad):
+    inputs = make_inputs("residual_context", Case("nan", J=3), torch.float32, device_of(backend))
+    require("residual_context", backend, inputs)
+    inputs["tokens"][0, 1, 2, 3] = bad
+    spoilt = ops.residual_context(**inputs, backend=backend).isnan()
+    assert spoilt[0, 1, 2].all() and spoilt.sum() == spoilt[0, 1, 2].numel()

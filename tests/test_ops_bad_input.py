@@ -8,7 +8,7 @@ import torch
 from liftbyimage import ops
 from liftbyimage.testing import Case, make_inputs
 
-SMALL = Case("small", B=2, H=2, J=3, P=5, E=4, F=6, D=6, K=4, shared_head=False)
+SMALL = Case("small", B=2, H=2, J=3, P=5, E=4, F=6, D=6, K=4, S=2, maps=((3, 4, 5), (5, 2, 3)), shared_head=False)
 
 
 def call(op, **changes):
@@ -278,6 +278,118 @@ def call(op, **changes):
         ("attend_tokens", {"heads": True}, TypeError, "heads must be an int >= 1 that divides D = 6, got bool"),
         ("attend_tokens", {"scale": float("nan")}, ValueError, "scale must be a finite float or None, got nan"),
         ("attend_tokens", {"backend": "cuda"}, ValueError, "backend must be one of cpu, reference, got 'cuda'"),
+        ("sample_context", {"feature_maps": 1.0}, TypeError, "feature_maps must be a list of L tensors, got float"),
+        (
+            "sample_context",
+            {"feature_maps": []},
+            ValueError,
+            "feature_maps must hold L = 2 maps as offsets does, got 0",
+        ),
+        (
+            "sample_context",
+            {"feature_maps": [torch.zeros(2, 3, 4, 5), torch.zeros(3, 4, 5)]},
+            ValueError,
+            "feature_maps[1] must have shape [B, C, Hf, Wf], got [3, 4, 5]",
+        ),
+        (
+            "sample_context",
+            {"feature_maps": [torch.zeros(2, 3, 4, 5), torch.zeros(1, 3, 4, 5)]},
+            ValueError,
+            "feature_maps[1] must have shape [B, C, Hf, Wf] = [2, 3, 4, 5], got [1, 3, 4, 5]",
+        ),
+        (
+            "sample_context",
+            {"feature_maps": [torch.zeros(2, 3, 4, 0), torch.zeros(2, 3, 4, 5)]},
+            ValueError,
+            "feature_maps[0] must have Wf >= 1, got [2, 3, 4, 0]",
+        ),
+        (
+            "sample_context",
+            {"feature_maps": [torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5, dtype=torch.float64)]},
+            TypeError,
+            "feature_maps[1] must have offsets's dtype torch.float32, got torch.float64",
+        ),
+        (
+            "sample_context",
+            {"feature_maps": [torch.zeros(2, 3, 4, 5, device="meta"), torch.zeros(2, 3, 4, 5)]},
+            ValueError,
+            "feature_maps[0] must be on offsets's device cpu, got meta",
+        ),
+        (
+            "sample_context",
+            {"offsets": torch.zeros(2, 2, 3, 2, 2)},
+            ValueError,
+            "offsets must have shape [B, L, J, H, S, 2], got [2, 2, 3, 2, 2]",
+        ),
+        (
+            "sample_context",
+            {"offsets": torch.zeros(2, 2, 3, 2, 2, 3)},
+            ValueError,
+            "offsets must have shape [B, L, J, H, S, 2] = [2, 2, 3, 2, 2, 2], got [2, 2, 3, 2, 2, 3]",
+        ),
+        (
+            "sample_context",
+            {"reference": torch.zeros(2, 4, 2)},
+            ValueError,
+            "reference must have shape [B, J, 2] = [2, 3, 2], got [2, 4, 2]",
+        ),
+        (
+            "sample_context",
+            {"weights": torch.zeros(2, 2, 3, 2, 3)},
+            ValueError,
+            "weights must have shape [B, L, J, H, S] = [2, 2, 3, 2, 2], got [2, 2, 3, 2, 3]",
+        ),
+        ("sample_context", {"padding": "reflect"}, ValueError, "padding must be one of border, zeros, got 'reflect'"),
+        ("residual_context", {"tokens": None}, TypeError, "tokens must be a tensor [B, L, J, D], got NoneType"),
+        (
+            "residual_context",
+            {"pose": torch.zeros(2, 4, 6)},
+            ValueError,
+            "pose must have shape [B, J, D] = [2, 3, 6], got [2, 4, 6]",
+        ),
+        ("residual_context", {"heads": 4}, ValueError, "heads must be an int >= 1 that divides D = 6, got 4"),
+        (
+            "residual_context",
+            {"weights_weight": torch.zeros(5, 6)},
+            ValueError,
+            "weights_weight must have a multiple of H = 2 rows, got 5",
+        ),
+        (
+            "residual_context",
+            {"offsets_weight": torch.zeros(4, 6)},
+            ValueError,
+            "offsets_weight must have shape [2HS, D] = [8, 6], got [4, 6]",
+        ),
+        (
+            "residual_context",
+            {"feature_maps": [torch.zeros(2, 3, 4, 5)]},
+            ValueError,
+            "feature_maps must hold L = 2 maps as tokens does, got 1",
+        ),
+        (
+            "residual_context",
+            {"feature_maps": [torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 2, 3)]},
+            ValueError,
+            "embed_weights[1] must have shape [D/H, C] = [3, 4], got [3, 5]",
+        ),
+        (
+            "residual_context",
+            {"embed_weights": torch.zeros(3, 3)},
+            TypeError,
+            "embed_weights must be a list of L tensors, got Tensor",
+        ),
+        (
+            "residual_context",
+            {"embed_biases": [torch.zeros(3)]},
+            ValueError,
+            "embed_biases must hold L = 2 tensors as tokens does, got 1",
+        ),
+        (
+            "residual_context",
+            {"embed_biases": [torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)]},
+            TypeError,
+            "embed_biases[1] must have tokens's dtype torch.float32, got torch.bfloat16",
+        ),
     ],
 )
 def test_message(op, changes, error, text):

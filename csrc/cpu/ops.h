@@ -112,4 +112,12 @@ std::vector<at::Tensor> residual_attention_backward(
     const at::Tensor& out_proj_weight, const at::Tensor& out_proj_bias, const OptionalTensor& branch_scale,
     const at::Tensor& projected, const at::Tensor& statistics, int64_t heads, c10::List<bool> wanted);
 
+// -> tokens_out [B,L,J,D]
+at::Tensor residual_context_forward(const at::Tensor& tokens, const at::Tensor& pose, const at::Tensor& reference,
+                                    at::TensorList feature_maps, const at::Tensor& norm_weight,
+                                    const at::Tensor& norm_bias, const at::Tensor& weights_weight,
+                                    const at::Tensor& weights_bias, const at::Tensor& offsets_weight,
+                                    const at::Tensor& offsets_bias, at::TensorList embed_weights,
+                                    at::TensorList embed_biases, int64_t heads, double eps);
+
 }  // namespace liftbyimage::cpu

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -43,52 +42,10 @@ ContextShape context_shape(at::TensorList feature_maps, const at::Tensor& refere
   return shape;
 }
 
-// [B, C, Hf, Wf] whose channels are contiguous.
-at::Tensor empty_channels_last(const at::Tensor& map, at::ScalarType dtype) {
-  return at::empty({map.size(0), map.size(2), map.size(3), map.size(1)}, map.options().dtype(dtype)).permute({0, 3, 1, 2});
-}
-
-// A map as it is where its channels are contiguous, else a copy in which they are.
-at::Tensor with_dense_channels(const at::Tensor& map) {
-  if (has_dense_channels(map) || map.numel() == 0) {
-    return map;
-  }
-  const at::Tensor source = map.contiguous(), target = empty_channels_last(map, map.scalar_type());
-  constexpr int64_t piece = 64;  // pixels
-  const int64_t channels = map.size(1), pixels = map.size(2) * map.size(3), pieces = divide_up(pixels, piece);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, map.scalar_type(), "sample_context", [&] {
-    const scalar_t* from = source.const_data_ptr<scalar_t>();
-    scalar_t* to = target.mutable_data_ptr<scalar_t>();
-    parallel_tasks(map.size(0) * pieces, 16, [&](int64_t i) {
-      const int64_t sample = i / pieces * pixels * channels, first = i % pieces * piece;
-      transpose(from + sample + first, pixels, channels, std::min(piece, pixels - first),
-                to + sample + first * channels, channels);
-    });
-  });
-  return target;
-}
-
-std::vector<at::Tensor> with_dense_channels(at::TensorList maps) {
-  std::vector<at::Tensor> dense;
-  for (const at::Tensor& map : maps) {
-    dense.push_back(with_dense_channels(map));
-  }
-  return dense;
-}
-
 std::vector<at::Tensor> contiguous(at::TensorList tensors) {
   std::vector<at::Tensor> result;
   for (const at::Tensor& tensor : tensors) {
     result.push_back(tensor.contiguous());
-  }
-  return result;
-}
-
-template <typename S>
-std::vector<LevelMap<S>> level_maps(const std::vector<at::Tensor>& maps) {
-  std::vector<LevelMap<S>> result;
-  for (const at::Tensor& map : maps) {
-    result.push_back(level_map<S>(map));
   }
   return result;
 }
@@ -111,7 +68,7 @@ class SampleContext {
   SampleContext(const ContextShape& shape, const std::vector<at::Tensor>& maps, const at::Tensor& reference,
                 const at::Tensor& offsets, const at::Tensor& weights, bool zeros)
       : shape_(shape),
-        maps_(level_maps<const S>(maps)),
+        maps_(level_maps<S>(maps)),
         reference_(reference.const_data_ptr<S>()),
         offsets_(offsets.const_data_ptr<S>()),
         weights_(weights.const_data_ptr<S>()),
@@ -126,7 +83,7 @@ class SampleContext {
           const int64_t channels = shape_.channels[level];
           find(corners, maps_[level], joint, level);
           for (int64_t head = 0; head < shape_.heads; ++head) {
-            weigh(corners, joint, level, head, factors.data());
+            corners.weigh(head * shape_.samples, shape_.samples, weights_of(joint, level, head), factors.data());
             write_sum(corners.rows(head * shape_.samples), factors.data(), channels, sums.data(),
                       contexts[level] + (joint * shape_.heads + head) * channels);
           }
@@ -207,7 +164,7 @@ class SampleContext {
         }
         at::vec::convert(grad_contexts + (joint * shape_.heads + head) * grad_map.channels, row.data(),
                          grad_map.channels);
-        weigh(corners, joint, level, head, factors.data());
+        corners.weigh(head * shape_.samples, shape_.samples, weights_of(joint, level, head), factors.data());
         for (int64_t k = 0; k < 4 * shape_.samples; ++k) {
           scale_row(corners.rows(head * shape_.samples)[k], row.data(), factors[k], grad_map.channels, true);
         }
@@ -215,14 +172,8 @@ class SampleContext {
     }
   }
 
-  // What the corners of a head's places count in its sum.
-  template <typename M>
-  void weigh(const Corners<M, T>& corners, int64_t joint, int64_t level, int64_t head, T* factors) const {
-    const S* weights = weights_ + first_place(joint, level) + head * shape_.samples;
-    const T* shares = corners.factors(head * shape_.samples);
-    for (int64_t k = 0; k < 4 * shape_.samples; ++k) {
-      factors[k] = static_cast<T>(weights[k / 4]) * shares[k];
-    }
+  const S* weights_of(int64_t joint, int64_t level, int64_t head) const {
+    return weights_ + first_place(joint, level) + head * shape_.samples;
   }
 
   void write_sum(const S* const* rows, const T* factors, int64_t channels, T* sums, S* target) const {
@@ -308,7 +259,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> sample_context_backw
   std::vector<int64_t> wanted;  // levels
   for (int64_t level = 0; level < shape.levels; ++level) {
     const at::Tensor& map = feature_maps[level];
-    grad_maps.push_back(need_maps[level] ? empty_channels_last(map, map.scalar_type()) : none.clone());
+    grad_maps.push_back(need_maps[level] ? empty_channels_last(map) : none.clone());
     if (need_maps[level]) {
       wanted.push_back(level);
     }

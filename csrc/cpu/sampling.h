@@ -1,9 +1,9 @@
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <array>
@@ -12,7 +12,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "parallel.h"
 #include "row_products.h"
+#include "tiles.h"
 #include "vectors.h"
 
 // Bilinear sampling of feature maps whose channels are contiguous, so that a corner is a row of memory. S is the type
@@ -42,16 +44,48 @@ struct LevelMap {
 
 inline bool has_dense_channels(const at::Tensor& map) { return map.stride(1) == 1 || map.size(1) == 1; }
 
-// `map` is [B, C, Hf, Wf] with contiguous channels.
-template <typename S>
-LevelMap<S> level_map(const at::Tensor& map) {
-  S* data;
-  if constexpr (std::is_const_v<S>) {
-    data = map.const_data_ptr<std::remove_const_t<S>>();
-  } else {
-    data = map.mutable_data_ptr<S>();
+// [B, C, Hf, Wf] over memory whose channels are contiguous.
+inline at::Tensor empty_channels_last(const at::Tensor& map) {
+  return at::empty({map.size(0), map.size(2), map.size(3), map.size(1)}, map.options()).permute({0, 3, 1, 2});
+}
+
+// A map as it is where its channels are contiguous, else a copy in which they are.
+inline at::Tensor with_dense_channels(const at::Tensor& map) {
+  if (has_dense_channels(map) || map.numel() == 0) {
+    return map;
   }
-  return {data, map.size(1), map.size(2), map.size(3), map.stride(0), map.stride(2), map.stride(3)};
+  const at::Tensor source = map.contiguous(), target = empty_channels_last(map);
+  constexpr int64_t piece = 64;  // pixels
+  const int64_t channels = map.size(1), pixels = map.size(2) * map.size(3), pieces = divide_up(pixels, piece);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, map.scalar_type(), "with_dense_channels", [&] {
+    const scalar_t* from = source.const_data_ptr<scalar_t>();
+    scalar_t* to = target.mutable_data_ptr<scalar_t>();
+    parallel_tasks(map.size(0) * pieces, 16, [&](int64_t i) {
+      const int64_t sample = i / pieces * pixels * channels, first = i % pieces * piece;
+      transpose(from + sample + first, pixels, channels, std::min(piece, pixels - first),
+                to + sample + first * channels, channels);
+    });
+  });
+  return target;
+}
+
+inline std::vector<at::Tensor> with_dense_channels(at::TensorList maps) {
+  std::vector<at::Tensor> dense;
+  for (const at::Tensor& map : maps) {
+    dense.push_back(with_dense_channels(map));
+  }
+  return dense;
+}
+
+// `maps` are [B, C, Hf, Wf] with contiguous channels.
+template <typename S>
+std::vector<LevelMap<const S>> level_maps(const std::vector<at::Tensor>& maps) {
+  std::vector<LevelMap<const S>> result;
+  for (const at::Tensor& map : maps) {
+    result.push_back({map.const_data_ptr<S>(), map.size(1), map.size(2), map.size(3), map.stride(0), map.stride(2),
+                      map.stride(3)});
+  }
+  return result;
 }
 
 // One vector of T from a row of S; lanes past `count` are 0.
@@ -152,6 +186,15 @@ class Corners {
         factors_[4 * i + corner] = (corner % 2 == 0 ? 1 - x_[i].fraction : x_[i].fraction) *
                                    (corner / 2 == 0 ? 1 - y_[i].fraction : y_[i].fraction);
       }
+    }
+  }
+
+  // What every corner of `count` places counts in their weighted sum: factors [count, 4], weights [count].
+  template <typename W>
+  void weigh(int64_t place, int64_t count, const W* weights, T* factors) const {
+    const T* shares = this->factors(place);
+    for (int64_t k = 0; k < 4 * count; ++k) {
+      factors[k] = static_cast<T>(weights[k / 4]) * shares[k];
     }
   }
 

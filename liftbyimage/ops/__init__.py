@@ -10,6 +10,7 @@ sample_context          read feature maps at learned places about the joints (de
 attend_tokens           self-attention of few tokens from their packed projection
 residual_attention      attention half of a pre-norm transformer block, with stochastic depth
 residual_feed_forward   feed-forward half of a pre-norm transformer block, with stochastic depth
+residual_context        joint tokens ask feature maps and add what they read: half a context block
 keep_count              how many patches a retention keeps
 explain                 which backend serves a call, and why the others do not
 """
@@ -22,6 +23,7 @@ from liftbyimage.ops.joint_queries import JointQueries, joint_queries
 from liftbyimage.ops.pose_guided_attention import PoseGuidedAttention, pose_guided_attention
 from liftbyimage.ops.prune_patches import PrunedPatches, keep_count, prune_patches
 from liftbyimage.ops.residual_attention import residual_attention
+from liftbyimage.ops.residual_context import residual_context
 from liftbyimage.ops.residual_feed_forward import residual_feed_forward
 from liftbyimage.ops.sample_context import sample_context
 from liftbyimage.ops.update_joints import update_joints
@@ -41,6 +43,7 @@ __all__ = [
     "keep_count",
     "pose_guided_attention",
     "prune_patches",
+    "residual_context",
     "sample_context",
     "residual_attention",
     "residual_feed_forward",

@@ -20,6 +20,7 @@ OPS = (
     "attend_tokens",
     "residual_feed_forward",
     "residual_attention",
+    "residual_context",
 )
 
 

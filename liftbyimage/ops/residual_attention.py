@@ -3,7 +3,8 @@
     branch = attend_tokens(LayerNorm(tokens) W_in + b_in) W_out + b_out                                [B, T, D]
     updated = tokens + branch_scale · branch                                                           [B, T, D]
 
-B samples, T tokens, D model width; attend_tokens is softmax(Q Kᵀ / √(D / H)) V for each of H heads. The weights are used
+B samples, T tokens, D model width; attend_tokens is softmax(Q Kᵀ / √(D / H)) V for each of H heads. The weights are
+used
 transposed, as torch.nn.MultiheadAttention stores them. `branch_scale` [B] is stochastic depth (drop path): the caller
 draws 0, or 1 / probability of keeping, for each sample; the branch of a sample at 0 is not computed.
 

@@ -47,20 +47,18 @@ PADDINGS = ("border", "zeros")
 FAR_OUTSIDE = 4.0
 
 
-def check_maps(op: str, feature_maps: Sequence[Tensor], levels: int, whose: str) -> None:
-    """`feature_maps` are as many as the levels of the argument `whose`, of one batch, dtype and device."""
+def check_maps(op: str, first: str, like: Tensor, feature_maps: Sequence[Tensor]) -> None:
+    """A map [B, C, Hf, Wf] for each level of the argument `first`, which is `like` [B, L, …]; its dtype and device."""
     if not isinstance(feature_maps, (list, tuple)):
-        raise TypeError(
-            f"{op}: feature_maps must be a list of tensors [B, C, Hf, Wf], got {type(feature_maps).__name__}"
-        )
+        raise TypeError(f"{op}: feature_maps must be a list of L tensors, got {type(feature_maps).__name__}")
+    batch, levels = like.shape[:2]
     if len(feature_maps) != levels:
-        raise ValueError(
-            f"{op}: feature_maps must hold a map for each of {whose}'s L = {levels} levels, got {len(feature_maps)}"
-        )
+        raise ValueError(f"{op}: feature_maps must hold L = {levels} maps as {first} does, got {len(feature_maps)}")
     for level, feature_map in enumerate(feature_maps):
         name = f"feature_maps[{level}]"
         check_tensor(op, name, feature_map, "B C Hf Wf")
         check_positive(op, name, feature_map, "B C Hf Wf", "C", "Hf", "Wf")
+        check_like(op, first, like, name, feature_map, (batch, *feature_map.shape[1:]), "B C Hf Wf")
 
 
 def _check(
@@ -70,10 +68,7 @@ def _check(
     check_sizes(OP, "offsets", offsets, (*offsets.shape[:5], 2), "B L J H S 2")
     check_positive(OP, "offsets", offsets, "B L J H S 2", "L", "J", "H", "S")
     batch, levels, joints, heads, samples, _ = offsets.shape
-    check_maps(OP, feature_maps, levels, "offsets")
-    for level, feature_map in enumerate(feature_maps):
-        expected = (batch, *feature_map.shape[1:])
-        check_like(OP, "offsets", offsets, f"feature_maps[{level}]", feature_map, expected, "B C Hf Wf")
+    check_maps(OP, "offsets", offsets, feature_maps)
     check_like(OP, "offsets", offsets, "reference", reference, (batch, joints, 2), "B J 2")
     check_like(OP, "offsets", offsets, "weights", weights, (batch, levels, joints, heads, samples), "B L J H S")
     if padding not in PADDINGS:
