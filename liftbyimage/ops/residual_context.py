@@ -95,7 +95,8 @@ def _check(
 def _compose(sample: Callable[..., list[Tensor]], arguments: Sequence[Any], heads: int, eps: float) -> Tensor:
     """The op in single PyTorch calls about a `sample_context`; 16-bit types in float32, or offsets would be coarse."""
     dtype = torch.promote_types(arguments[0].dtype, torch.float32)
-    wide = [[tensor.to(dtype) for tensor in a] if isinstance(a, (list, tuple)) else a.to(dtype) for a in arguments]
+    levels = len(arguments[LEVEL_LISTS[0]])
+    wide: list[Any] = _unflatten([tensor.to(dtype) for tensor in _flatten(arguments)], levels)
     tokens, pose, reference, feature_maps, norm_weight, norm_bias, weights_weight, weights_bias, *rest = wide
     offsets_weight, offsets_bias, embed_weights, embed_biases = rest
     asking = F.layer_norm(tokens + pose[:, None], pose.shape[2:], norm_weight, norm_bias, eps)  # [B, L, J, D]
@@ -104,7 +105,8 @@ def _compose(sample: Callable[..., list[Tensor]], arguments: Sequence[Any], head
     contexts = sample(feature_maps, reference, offsets, weights)
     embeds = zip(contexts, embed_weights, embed_biases, strict=True)
     read = [F.linear(context, weight, bias).flatten(2) for context, weight, bias in embeds]  # [B, J, D] each
-    return (tokens + torch.stack(read, dim=1)).to(arguments[0].dtype)
+    updated: Tensor = tokens + torch.stack(read, dim=1)
+    return updated.to(arguments[0].dtype)
 
 
 def reference(*arguments: Any, heads: int, eps: float = 1e-5) -> Tensor:
