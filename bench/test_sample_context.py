@@ -55,14 +55,15 @@ class Sampled(PerLevel):
 
 
 class Published(nn.Module):
-    """The published order: sample, project every sample, weigh, sum."""
+    """The published order: sample, project every sample, weigh by a softmax, sum."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self.embed_proj = nn.ModuleList([nn.Linear(channels, DIM // HEADS) for channels, _, _ in MAPS])
 
-    def forward(self, reference: Tensor, offsets: Tensor, weights: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-        return (self.gathered((reference[:, None, :, None, None] + offsets).flatten(3, 4), weights, maps),)
+    def forward(self, reference: Tensor, offsets: Tensor, logits: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        places = (reference[:, None, :, None, None] + offsets).flatten(3, 4)
+        return (self.gathered(places, logits.softmax(4), maps),)
 
     def gathered(self, places: Tensor, weights: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
         """[B, L, J, D]"""
@@ -81,8 +82,8 @@ class SummedFirst(Published):
         super().__init__(setting)
         self.backend = backend
 
-    def forward(self, reference: Tensor, offsets: Tensor, weights: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-        contexts = ops.sample_context(maps, reference, offsets, weights, backend=self.backend)
+    def forward(self, reference: Tensor, offsets: Tensor, logits: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        contexts = ops.sample_context(maps, reference, offsets, logits.softmax(4), backend=self.backend)
         projected = [embed(context).flatten(2) for context, embed in zip(contexts, self.embed_proj, strict=True)]
         return (torch.stack(projected, dim=1),)
 
@@ -151,7 +152,8 @@ def sampling(setting: Setting, *, projected: bool) -> Workload:
     def inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
         reference = torch.rand(batch, JOINTS, 2, generator=generator) * 1.6 - 0.8
         offsets = torch.randn(batch, LEVELS, JOINTS, HEADS, SAMPLES, 2, generator=generator) * 0.2
-        weights = torch.randn(batch, LEVELS, JOINTS, HEADS, SAMPLES, generator=generator).softmax(4)
+        logits = torch.randn(batch, LEVELS, JOINTS, HEADS, SAMPLES, generator=generator)
+        weights = logits if projected else logits.softmax(4)
         places = (reference.to(dtype), offsets.to(dtype), weights.to(dtype))
         return (*places, *_maps(batch, generator, dtype))
 
