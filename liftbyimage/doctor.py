@@ -159,6 +159,8 @@ def _sample_calls(device: str) -> dict[str, tuple[Tensor, ...]]:
         "prune_patches": (rows, importance),
         "joint_queries": (rows,),
         "update_joints": (rows, query),
+        "sample_context": (torch.zeros(batch, 1, joints, heads, 4, 2, device=device),),
+        "residual_context": (rows,),
     }
 
 
