@@ -122,12 +122,10 @@ void normalize_row_backward(const LayerNorm<T>& norm, const RowStatistics<T>& st
 template <typename T>
 void gelu_row_backward(const T* x, int64_t size, T* y, T* grad) {
   using Vec = at::vec::Vectorized<T>;
-  const Vec one(1), half(0.5), minus_half(-0.5), root(static_cast<T>(M_SQRT1_2));
-  const Vec density(static_cast<T>(M_2_SQRTPI * M_SQRT1_2 / 2));
+  const Vec minus_half(-0.5), density(static_cast<T>(M_2_SQRTPI * M_SQRT1_2 / 2));
   for_vectors<T>(size, [&](int64_t i, int64_t count) {
-    const Vec value = Vec::loadu(x + i, count);
-    const Vec distribution = half * (one + (value * root).erf());
-    const Vec slope = at::vec::fmadd(value * density, (minus_half * value * value).exp(), distribution);
+    const Vec value = Vec::loadu(x + i, count), distribution = normal_distribution<T>(value);
+    const Vec slope = at::vec::fmadd(value * density, exp_vector<T>(minus_half * value * value), distribution);
     (value * distribution).store(y + i, static_cast<int>(count));
     (Vec::loadu(grad + i, count) * slope).store(grad + i, static_cast<int>(count));
   });

@@ -263,13 +263,16 @@ Tensor3 residual_feed_forward_forward(const at::Tensor& tokens_in, const at::Ten
       updated.copy_(tokens);
     }
     const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<T>(); };
+    const S* weight1 = linear1_weight.const_data_ptr<S>();
+    const S* weight2 = linear2_weight.const_data_ptr<S>();
+    const Buffer<S> panels1 = pack(weight1, hidden_width, width), panels2 = pack(weight2, width, hidden_width);
     const FeedForward<S, T> kernel{
         count,
         width,
         hidden_width,
         {data(norm_weight), data(norm_bias), width, static_cast<T>(eps)},
-        {linear1_weight.const_data_ptr<S>(), data(linear1_bias), width},
-        {linear2_weight.const_data_ptr<S>(), data(linear2_bias), hidden_width},
+        {weight1, data(linear1_bias), width, panels1.get()},
+        {weight2, data(linear2_bias), hidden_width, panels2.get()},
         kept,
         tokens.const_data_ptr<S>(),
         updated.mutable_data_ptr<S>(),

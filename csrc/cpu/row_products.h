@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "vectors.h"
@@ -55,6 +56,7 @@ struct Operand {
 
   static Operand load(const S* source) { return {Vec::loadu(source)}; }
   static Operand load(const S* source, int64_t count) { return {Vec::loadu(source, count)}; }
+  static Operand repeat(const S* source) { return {Vec(*source)}; }
   void keep() { hold(values); }
   Vec multiply_add(const Operand& other, const Vec& sum) const { return at::vec::fmadd(values, other.values, sum); }
 };
@@ -69,6 +71,11 @@ struct Operand<c10::BFloat16> {
   static Operand load(const c10::BFloat16* source) { return {_mm512_loadu_si512(source)}; }
   static Operand load(const c10::BFloat16* source, int64_t count) {
     return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), source)};
+  }
+  static Operand repeat(const c10::BFloat16* source) {  // a pair, of which a product takes both
+    int pair;
+    std::memcpy(&pair, source, sizeof(pair));
+    return {_mm512_set1_epi32(pair)};
   }
   void keep() { asm("" : "+v"(values)); }
   Vec multiply_add(const Operand& other, const Vec& sum) const {
@@ -279,6 +286,102 @@ void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, const S* 
 }
 
 // target [rows, columns] = x M: x [rows, inner] of any two strides, M [inner, columns].
+// Short dot products spend as long on adding up their lanes as on the products. Weights of few inputs are therefore
+// packed once per call into panels [inputs, panel_columns], where a vector holds different columns; in bfloat16 pairs
+// of inputs lie side by side, [inputs / 2, panel_columns, 2].
+constexpr int64_t most_packed_inputs = 256;
+
+template <typename S>
+constexpr int64_t inputs_per_lane = 1;
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+template <>
+constexpr int64_t inputs_per_lane<c10::BFloat16> = 2;
+#else
+template <>
+constexpr int64_t inputs_per_lane<c10::BFloat16> = 0;  // no such products
+#endif
+
+template <typename S>
+bool is_packed(int64_t inputs) {
+  return inputs_per_lane<S> > 0 && inputs <= most_packed_inputs && inputs % std::max<int64_t>(1, inputs_per_lane<S>) == 0;
+}
+
+// The panel of `columns` rows of W, filled up with zeros.
+template <typename S>
+void pack_panel(const S* w, int64_t inputs, int64_t columns, S* panel) {
+  using Lane = at::opmath_type<S>;  // as wide as the inputs of a lane
+  if (columns < panel_columns) {
+    std::memset(panel, 0, inputs * panel_columns * sizeof(S));
+  }
+  const int64_t lanes = inputs * sizeof(S) / sizeof(Lane);
+  transpose(reinterpret_cast<const Lane*>(w), lanes, columns, lanes, reinterpret_cast<Lane*>(panel), panel_columns);
+}
+
+// tile [R, 4 vectors of columns] = x Wᵀ
+template <int R, typename S, typename T>
+inline void packed_block(const S* x, int64_t x_stride, const S* panel, int64_t inputs, T* tile) {
+  using Vec = at::vec::Vectorized<T>;
+  using Inputs = Operand<S>;
+  Vec sums[R][block_columns];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < block_columns; ++c) {
+      sums[r][c] = Vec(0);
+    }
+  }
+  for (int64_t k = 0; k < inputs; k += inputs_per_lane<S>) {
+    Inputs weights[block_columns];
+#pragma GCC unroll 8
+    for (int c = 0; c < block_columns; ++c) {
+      weights[c] = Inputs::load(panel + k * panel_columns + c * Inputs::size);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Inputs row = Inputs::repeat(x + r * x_stride + k);
+      row.keep();
+#pragma GCC unroll 8
+      for (int c = 0; c < block_columns; ++c) {
+        sums[r][c] = row.multiply_add(weights[c], sums[r][c]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < block_columns; ++c) {
+      sums[r][c].store(tile + r * panel_columns + c * Vec::size());
+    }
+  }
+}
+
+// As multiply_transposed, with `columns` weights packed in panels.
+template <typename S, typename F>
+void multiply_packed(int64_t rows, int64_t columns, int64_t inputs, const S* x, int64_t x_stride, const S* panels,
+                     const F& f) {
+  using T = at::opmath_type<S>;
+  if constexpr (inputs_per_lane<S> > 0) {
+    constexpr int64_t width = block_columns * at::vec::Vectorized<T>::size();
+    T tile[block_rows * panel_columns];
+    for (int64_t first = 0; first < columns; first += panel_columns) {
+      const int64_t size = std::min(panel_columns, columns - first);
+      for (int64_t row = 0; row < rows; row += block_rows) {
+        with_rows(rows - row, [&](auto rows_of_block) {
+          for (int64_t column = 0; column < size; column += width) {
+            packed_block<decltype(rows_of_block)::value>(x + row * x_stride, x_stride,
+                                                         panels + first * inputs + column * inputs_per_lane<S>, inputs,
+                                                         tile + column);
+          }
+        });
+        for (int64_t i = row; i < std::min<int64_t>(rows, row + block_rows); ++i) {
+          f(i, first, tile + (i - row) * panel_columns, static_cast<int>(size));
+        }
+      }
+    }
+  }
+}
+
+// target [rows, columns] = x M: x [rows, inner], M [inner, columns].
 template <typename T>
 void multiply(int64_t rows, int64_t columns, int64_t inner, const T* x, int64_t x_stride, int64_t x_step, const T* m,
               int64_t m_stride, T* target, int64_t target_stride) {

@@ -15,7 +15,7 @@
 
 // The pieces of transformer blocks over the few tokens of a sample, T = float or double:
 //   for_groups, for_columns   who computes what
-//   Linear                    for_linear (any use of its rows), apply_linear (with a residual)
+//   Linear                    pack (weights of few inputs, once per call), for_linear (any use of its rows), apply_linear (with a residual)
 //   LayerNorm                 normalize_row (with its statistics), normalize_rows in place
 //   gelu_row
 //   KeptSamples               stochastic depth: those whose branch is computed
@@ -24,8 +24,8 @@ namespace liftbyimage::cpu {
 
 // Rows that share a pass over the weights: four samples of 17 joints, so two threads have a group each at batch 8.
 constexpr int64_t group_rows = 72;
-// 64 columns of 256 weights are 64 KiB, which stay in L2 for all rows; fewer would not occupy many threads better.
-constexpr int64_t task_columns = 64;
+// Fewer would not occupy many threads better.
+constexpr int64_t task_columns = panel_columns;
 
 // f(first sample, samples): the batch in even groups, threads over groups where that keeps them all busy.
 template <typename F>
@@ -58,20 +58,39 @@ struct Linear {
   const S* weight;  // [outputs, inputs]
   const T* bias;    // [outputs]
   int64_t inputs;
+  const S* panels = nullptr;  // the weight packed, null: used as it lies
 };
 
+// The panels of a weight [outputs, inputs] that is_packed, else null.
+template <typename S>
+Buffer<S> pack(const S* weight, int64_t outputs, int64_t inputs) {
+  if (!is_packed<S>(inputs)) {
+    return nullptr;
+  }
+  Buffer<S> panels = uninitialized<S>(divide_up(outputs, panel_columns) * panel_columns * inputs);
+  for_columns(outputs, panel_columns, [&](int64_t first, int64_t count) {
+    pack_panel(weight + first * inputs, inputs, count, panels.get() + first * inputs);
+  });
+  return panels;
+}
+
 // f(row, column, y, count) for every piece of y = b + x Wᵀ in the columns [first, first + outputs), of which the
-// piece's `column` is one; y is f's to change.
+// piece's `column` is one; y is f's to change. With panels `first` is that of one.
 template <typename T, typename S, typename F>
 void for_linear(const Linear<T, S>& layer, int64_t first, int64_t outputs, const S* x, int64_t rows, const F& f) {
-  multiply_transposed(rows, outputs, layer.inputs, x, layer.inputs, layer.weight + first * layer.inputs, layer.inputs,
-                      [&](int64_t row, int64_t column, T* y, int count) {
-                        const T* bias = layer.bias + first + column;
-                        for (int c = 0; c < count; ++c) {
-                          y[c] += bias[c];
-                        }
-                        f(row, first + column, y, count);
-                      });
+  const auto finish = [&](int64_t row, int64_t column, T* y, int count) {
+    const T* bias = layer.bias + first + column;
+    for (int c = 0; c < count; ++c) {
+      y[c] += bias[c];
+    }
+    f(row, first + column, y, count);
+  };
+  if (layer.panels != nullptr) {
+    multiply_packed(rows, outputs, layer.inputs, x, layer.inputs, layer.panels + first * layer.inputs, finish);
+  } else {
+    multiply_transposed(rows, outputs, layer.inputs, x, layer.inputs, layer.weight + first * layer.inputs,
+                        layer.inputs, finish);
+  }
 }
 
 // y [rows, first .. first + count) = residual + b + x Wᵀ, without a residual where it is null; it may be y itself.
@@ -141,14 +160,13 @@ void normalize_rows(const LayerNorm<T>& norm, int64_t rows, T* x) {
   parallel_tasks(rows, grain, [&](int64_t row) { normalize_row(norm, x + row * norm.width, x + row * norm.width); });
 }
 
-// row = x Φ(x), Φ by the error function.
+// row = x Φ(x)
 template <typename T>
 void gelu_row(T* row, int64_t size) {
   using Vec = at::vec::Vectorized<T>;
-  const Vec one(1), half(0.5), root(static_cast<T>(M_SQRT1_2));
   for_vectors<T>(size, [&](int64_t i, int64_t count) {
     const Vec x = Vec::loadu(row + i, count);
-    (half * x * (one + (x * root).erf())).store(row + i, static_cast<int>(count));
+    (x * normal_distribution<T>(x)).store(row + i, static_cast<int>(count));
   });
 }
 
@@ -160,7 +178,8 @@ struct KeptSamples {
 
   // `scale` [batch] or, for 1 everywhere, nothing.
   KeptSamples(const std::optional<at::Tensor>& scale, int64_t batch) {
-    const at::Tensor factors = scale.has_value() ? scale->to(c10::CppTypeToScalarType<T>::value).contiguous() : at::Tensor();
+    const auto type = c10::CppTypeToScalarType<T>::value;
+    const at::Tensor factors = scale.has_value() ? scale->to(type).contiguous() : at::Tensor();
     for (int64_t sample = 0; sample < batch; ++sample) {
       const T factor = factors.defined() ? factors.const_data_ptr<T>()[sample] : T(1);
       if (factor != T(0)) {

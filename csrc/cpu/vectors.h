@@ -77,6 +77,38 @@ inline at::vec::Vectorized<float> exp_vector(const at::vec::Vectorized<float>& x
 }
 #endif
 
+// Φ(x), the distribution function of the standard normal: 0 far below 0, NaN at NaN.
+template <typename T>
+inline at::vec::Vectorized<T> normal_distribution(const at::vec::Vectorized<T>& x) {
+  using Vec = at::vec::Vectorized<T>;
+  return at::vec::fmadd((x * Vec(static_cast<T>(M_SQRT1_2))).erf(), Vec(T(0.5)), Vec(T(0.5)));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// 1/2 + x P(x²) / Q(x²), a third of the time of a general erf. The rational is a minimax fit on |x| <= 5.3 to 4e-9;
+// rounding leaves 1.4e-7.
+template <>
+inline at::vec::Vectorized<float> normal_distribution(const at::vec::Vectorized<float>& x) {
+  const __m512 most = _mm512_set1_ps(5.3f), least = _mm512_set1_ps(-5.3f);
+  const __m512 y = _mm512_max_ps(least, _mm512_min_ps(most, x));  // the second operand, x, where it is NaN
+  const __m512 square = _mm512_mul_ps(y, y);
+  __m512 p = _mm512_set1_ps(2.40514515e-8f);
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(6.37896925e-6f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(1.60320278e-4f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(4.627908075e-3f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(3.293438505e-2f));
+  p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(0.398942254f));
+  __m512 q = _mm512_set1_ps(1.23719493e-6f);
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(7.13477774e-5f));
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(1.83649149e-3f));
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(2.81380241e-2f));
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(0.249220491f));
+  q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(1.0f));
+  const __mmask16 above = _mm512_cmp_ps_mask(x, least, _CMP_NLE_UQ);
+  return _mm512_maskz_fmadd_ps(above, _mm512_div_ps(p, q), y, _mm512_set1_ps(0.5f));
+}
+#endif
+
 // exp(scale · source - shift); lanes past `count` are 0 and so add nothing to a sum.
 template <typename T>
 inline at::vec::Vectorized<T> exp_scaled(const T* source, int64_t count, const at::vec::Vectorized<T>& scales,
