@@ -25,6 +25,7 @@ from liftbyimage.testing import (
 )
 
 JOINT_OPS = ("joint_queries", "update_joints")
+TOKEN_OPS = ("residual_feed_forward", "residual_attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {
     "reference": (torch.float32, torch.float64),
@@ -55,6 +56,8 @@ def combinations():
             for dtype in DTYPES[backend.name]:
                 if op in JOINT_OPS and backend.name == "cpu" and dtype.itemsize < 4:
                     continue  # float32 and float64 only, as test_ops_bad_input states
+                if op in TOKEN_OPS and backend.name == "cpu" and dtype == torch.float16:
+                    continue  # as test_ops_bad_input states
                 if interpreted and dtype == torch.bfloat16:
                     continue  # the interpreter's tl.dot is wrong in bfloat16
                 name = f"{op}-{case}-{backend.name}-{str(dtype).removeprefix('torch.')}"
@@ -86,11 +89,15 @@ SMALL = {
     "joint_queries": Case("small", B=2, H=2, J=3, D=6, E=5),
     "update_joints": Case("small", B=2, H=2, J=3, D=6, E=5, F=7),
     "sample_context": Case("small", B=2, H=2, J=3, S=2, maps=((3, 4, 5), (5, 2, 3))),
-    "attend_tokens": Case("small", B=2, H=2, J=3, D=6),
     "residual_context": Case("small", B=2, H=2, J=3, D=6, S=2, maps=((3, 4, 5), (5, 2, 3))),
+    "attend_tokens": Case("small", B=2, H=2, J=3, D=6),
+    "residual_attention": Case("small", B=2, H=2, J=3, D=6),
+    "residual_feed_forward": Case("small", B=2, J=3, D=6, F=7),
 }
 RECOMPUTING = (*JOINT_OPS, "residual_context")  # their gradients are PyTorch's own
-PER_SAMPLE = ("joints", "context", "tokens", "pose", "reference", "feature_maps")  # of their inputs; others are weights
+WEIGHTED = (*RECOMPUTING, *TOKEN_OPS)  # of their inputs only those that follow belong to a sample
+PER_SAMPLE = ("joints", "context", "tokens", "branch_scale", "pose", "reference", "feature_maps")
+GIVEN = ("importance", "branch_scale")  # taken as constants: no gradient
 
 
 @pytest.mark.parametrize("op, backend", [(op, b) for op in OPS for b in serving(op, floating64=True)])
@@ -102,7 +109,7 @@ def test_gradcheck(op, backend, shared):
     inputs = make_inputs(op, case, torch.float64, device_of(backend))
     require(op, backend, inputs)
     inputs = differentiable(inputs, torch.float64)
-    given = {id(tensor): tensor for name, tensor in named_tensors(inputs).items() if name != "importance"}
+    given = {id(tensor): tensor for name, tensor in named_tensors(inputs).items() if name not in GIVEN}
 
     def function(*tensors):
         replaced = dict(zip(given, tensors, strict=True))
@@ -148,10 +155,13 @@ def test_frozen_inputs_get_no_gradient(op, backend, frozen):
         frozen = {"query": "joints", "key": "out_proj_weight"}[frozen]
     if op == "sample_context":
         frozen = {"query": "reference", "key": "feature_maps[1]"}[frozen]
-    if op == "attend_tokens":
-        frozen = "query_key_value"
     if op == "residual_context":
         frozen = {"query": "tokens", "key": "embed_weights[1]"}[frozen]
+    if op == "attend_tokens":
+        frozen = "query_key_value"
+    if op in TOKEN_OPS:
+        weight = "linear1_weight" if op == "residual_feed_forward" else "out_proj_weight"
+        frozen = {"query": "tokens", "key": weight}[frozen]
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))
     require(op, backend, inputs)
     expected = run(op, differentiable(inputs, torch.float32), backend)[1]
@@ -180,7 +190,7 @@ def test_a_sample_does_not_depend_on_its_batch(op, backend):
     inputs = make_inputs(op, case, torch.float32, device_of(backend))
     require(op, backend, inputs)
     whole, whole_grads = run(op, differentiable(inputs, torch.float32), backend)
-    batched = {n: v for n, v in inputs.items() if op not in RECOMPUTING or n in PER_SAMPLE}
+    batched = {n: v for n, v in inputs.items() if op not in WEIGHTED or n in PER_SAMPLE}
     alone = inputs | convert(batched, lambda tensor: tensor[3:4])
     result = named_outputs(getattr(ops, op)(**alone, backend=backend))
     for name, value in whole.items():
@@ -297,8 +307,10 @@ def test_opcheck(op, backend):
         "joint_queries": [inputs.get("fold"), 2, 1e-5],
         "update_joints": [1e-5],
         "sample_context": [True],
-        "attend_tokens": [2, 0.5],
         "residual_context": [2, 1e-5],
+        "attend_tokens": [2, 0.5],
+        "residual_attention": [None, 2, 1e-5, True],
+        "residual_feed_forward": [None, 1e-5, True],
     }[op]
     if op == "joint_queries":
         tensors.pop()  # the fold, which has its own place among the rest
@@ -321,10 +333,14 @@ def test_opcheck(op, backend):
         arguments = (torch.randn_like(outputs), *tensors, *rest, [True, False] * 7)
     elif op == "sample_context":
         arguments = ([torch.randn_like(output) for output in outputs], *tensors, *rest, True, False, [True, False])
-    elif op == "attend_tokens":
-        arguments = (torch.randn_like(outputs), *tensors, *rest)
     elif op == "residual_context":
         arguments = (torch.randn_like(outputs), *tensors, *rest, [True, False, True] * 5)
+    elif op == "attend_tokens":
+        arguments = (torch.randn_like(outputs), *tensors, *rest)
+    elif op == "residual_attention":
+        arguments = (torch.randn_like(outputs[0]), *tensors, None, *outputs[1:], 2, [True, False] * 4)
+    elif op == "residual_feed_forward":
+        arguments = (torch.randn_like(outputs[0]), *tensors, None, *outputs[1:], [True, False] * 4)
     else:
         grads = [torch.randn_like(output) for output in outputs[:3]]
         arguments = (*grads, *tensors[:4], outputs[0], outputs[3], 0.5, True, False)
@@ -439,13 +455,13 @@ def test_not_a_number_reaches_what_depends_on_it(op, backend, bad):
         assert result.patches[0].isnan().all() and result.patches[1].isfinite().all()
 
 
-@pytest.mark.parametrize("op, backend", [pair for pair in OP_BACKENDS if pair[0] in JOINT_OPS])
+@pytest.mark.parametrize("op, backend", [pair for pair in OP_BACKENDS if pair[0] in JOINT_OPS + TOKEN_OPS])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_stays_in_its_sample_and_joint(op, backend, bad):
     inputs = make_inputs(op, Case("nan", J=3), torch.float32, device_of(backend))
     require(op, backend, inputs)
-    inputs["joints"][0, 1, 2] = bad
-    alone = op == "update_joints"  # self-attention carries it to every joint of the sample
+    inputs["joints" if op in JOINT_OPS else "tokens"][0, 1, 2] = bad
+    alone = op in ("update_joints", "residual_feed_forward")  # self-attention carries it to every joint of the sample
     for result in named_outputs(getattr(ops, op)(**inputs, backend=backend)).values():
         by_joint = result.transpose(1, 2).flatten(2) if result.dim() == 4 else result  # [B, J, …]
         assert by_joint[0, 1].isnan().all() and by_joint[1].isfinite().all()
@@ -561,8 +577,10 @@ def test_flop_counter_counts_the_products(op):
         "joint_queries": 2 * 3 * 6 * (3 * 6 + 2 * 3 + 6 + 6 + 5),
         "update_joints": 2 * 3 * 6 * (5 + 6 + 7 + 7),
         "sample_context": 2 * 3 * 2 * 2 * (3 + 5),
-        "attend_tokens": 2 * 3 * 6 * (3 + 3),
         "residual_context": 2 * 3 * (2 * 6 * (4 + 8) + (3 + 5) * (2 * 2 + 6)),
+        "attend_tokens": 2 * 3 * 6 * (3 + 3),
+        "residual_attention": 2 * 3 * 6 * (3 * 6 + 2 * 3 + 6),
+        "residual_feed_forward": 2 * 3 * 6 * (7 + 7),
     }
     assert counts["cpu"] == 2 * multiply_adds[op]
 
@@ -604,47 +622,6 @@ def test_the_joint_ops_are_a_decoder_layer(backend, formulation):
             backend=backend,
         )
         torch.testing.assert_close(updated, layer(tokens, memory))
-
-
-@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_attended_tokens_are_scaled_dot_product_attention(backend, scale):
-    case = Case("sdpa", B=3, H=8, J=17, D=640, scale=scale)
-    inputs = make_inputs("attend_tokens", case, torch.float32, device_of(backend))
-    require("attend_tokens", backend, inputs)
-    parts = inputs["query_key_value"].unflatten(2, (3, 8, 80)).permute(2, 0, 3, 1, 4)
-    expected = torch.nn.functional.scaled_dot_product_attention(*parts, scale=scale).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(ops.attend_tokens(**inputs, backend=backend), expected)
-
-
-@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
-def test_not_a_number_stays_in_its_head(backend):
-    inputs = make_inputs("attend_tokens", Case("nan", J=5, D=64), torch.float32, device_of(backend))
-    require("attend_tokens", backend, inputs)
-    packed = inputs["query_key_value"]
-    packed[0, 2, 16] = float("nan")  # the query of token 2 in head 1
-    packed[0, 3, 64 + 33] = float("nan")  # the key of token 3 in head 2
-    packed[0, 3, 128 + 50] = float("nan")  # column 2 of the value of token 3 in head 3
-    by_head = ops.attend_tokens(**inputs, backend=backend).unflatten(2, (4, 16))  # [B, T, H, E]
-    lost = torch.zeros_like(by_head, dtype=torch.bool)
-    lost[0, 2, 1] = lost[0, :, 2] = True
-    assert by_head[lost].isnan().all()
-    assert not by_head[0, :, 3, 2].isfinite().any()
-    lost[0, :, 3, 2] = True
-    assert by_head[~lost].isfinite().all()
-
-
-@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
-@pytest.mark.parametrize("scale", [1.0, -1.0, 0.3])
-def test_tokens_far_below_the_largest_score_get_nothing(backend, scale):
-    packed = torch.zeros(1, 19, 3, device=device_of(backend))
-    packed[0, :, 0] = 1.0
-    packed[0, :, 1] = -1e30
-    packed[0, 4, 1] = 1e30 if scale > 0 else -3e30
-    packed[0, :, 2] = torch.arange(19.0)
-    require("attend_tokens", backend, {"query_key_value": packed})
-    attended = ops.attend_tokens(packed, heads=1, scale=scale, backend=backend)
-    assert torch.equal(attended, torch.full_like(attended, 4.0))
 
 
 SAMPLING = [b.name for b in backends_of("sample_context")]
@@ -725,3 +702,188 @@ def test_not_a_number_in_a_token_stays_in_it(backend, bad):
     inputs["tokens"][0, 1, 2, 3] = bad
     spoilt = ops.residual_context(**inputs, backend=backend).isnan()
     assert spoilt[0, 1, 2].all() and spoilt.sum() == spoilt[0, 1, 2].numel()
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attended_tokens_are_scaled_dot_product_attention(backend, scale):
+    case = Case("sdpa", B=3, H=8, J=17, D=640, scale=scale)
+    inputs = make_inputs("attend_tokens", case, torch.float32, device_of(backend))
+    require("attend_tokens", backend, inputs)
+    parts = inputs["query_key_value"].unflatten(2, (3, 8, 80)).permute(2, 0, 3, 1, 4)
+    expected = torch.nn.functional.scaled_dot_product_attention(*parts, scale=scale).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(ops.attend_tokens(**inputs, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
+def test_not_a_number_stays_in_its_head(backend):
+    inputs = make_inputs("attend_tokens", Case("nan", J=5, D=64), torch.float32, device_of(backend))
+    require("attend_tokens", backend, inputs)
+    packed = inputs["query_key_value"]
+    packed[0, 2, 16] = float("nan")  # the query of token 2 in head 1
+    packed[0, 3, 64 + 33] = float("nan")  # the key of token 3 in head 2
+    packed[0, 3, 128 + 50] = float("nan")  # column 2 of the value of token 3 in head 3
+    by_head = ops.attend_tokens(**inputs, backend=backend).unflatten(2, (4, 16))  # [B, T, H, E]
+    lost = torch.zeros_like(by_head, dtype=torch.bool)
+    lost[0, 2, 1] = lost[0, :, 2] = True
+    assert by_head[lost].isnan().all()
+    assert not by_head[0, :, 3, 2].isfinite().any()
+    lost[0, :, 3, 2] = True
+    assert by_head[~lost].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("attend_tokens")])
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.3])
+def test_tokens_far_below_the_largest_score_get_nothing(backend, scale):
+    packed = torch.zeros(1, 19, 3, device=device_of(backend))
+    packed[0, :, 0] = 1.0
+    packed[0, :, 1] = -1e30
+    packed[0, 4, 1] = 1e30 if scale > 0 else -3e30
+    packed[0, :, 2] = torch.arange(19.0)
+    require("attend_tokens", backend, {"query_key_value": packed})
+    attended = ops.attend_tokens(packed, heads=1, scale=scale, backend=backend)
+    assert torch.equal(attended, torch.full_like(attended, 4.0))
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("residual_attention")])
+def test_residual_attention_is_that_of_an_encoder_layer(backend):
+    """The attention block of torch.nn.TransformerEncoderLayer, whose feed-forward is made to add nothing."""
+    dim, heads = 64, 4
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(dim, heads, 8, 0.0, norm_first=True, batch_first=True)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.zeros_(layer.linear2.weight)
+    torch.nn.init.zeros_(layer.linear2.bias)
+    tokens, grad = torch.randn(3, 17, dim, requires_grad=True), torch.randn(3, 17, dim)
+    own = layer.self_attn
+    weights = (layer.norm1.weight, layer.norm1.bias, own.in_proj_weight, own.in_proj_bias)
+    leaves = (tokens, *weights, own.out_proj.weight, own.out_proj.bias)
+    require("residual_attention", backend, {"tokens": tokens})
+    updated = ops.residual_attention(*leaves, heads=heads, eps=layer.norm1.eps, backend=backend)
+    expected = layer(tokens)
+    torch.testing.assert_close(updated, expected)
+    pairs = zip(torch.autograd.grad(updated, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True)
+    for actual, right in pairs:
+        torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("residual_attention")])
+def test_a_dropped_branch_leaves_its_sample_alone(backend):
+    case = Case("dropped", B=5, D=32, dropped=3)
+    inputs = make_inputs("residual_attention", case, torch.float32, device_of(backend))
+    require("residual_attention", backend, inputs)
+    dropped = inputs["branch_scale"] == 0
+    assert dropped.tolist() == [True, True, False, True, False]
+    leaves = differentiable(inputs, torch.float32)
+    updated = ops.residual_attention(**leaves, backend=backend)
+    cotangent = torch.randn_like(updated)
+    updated.backward(cotangent)
+    assert torch.equal(updated[dropped], leaves["tokens"][dropped])
+    assert torch.equal(leaves["tokens"].grad[dropped], cotangent[dropped])
+    assert not torch.equal(updated[~dropped], leaves["tokens"][~dropped])
+    assert leaves["branch_scale"].grad is None
+    spoilt = inputs | {"tokens": inputs["tokens"].clone()}
+    spoilt["tokens"][1] = float("nan")  # passes through a sample whose branch is not computed
+    result = ops.residual_attention(**spoilt, backend=backend)
+    assert result[1].isnan().all() and torch.equal(result[[0, 2, 3, 4]], updated[[0, 2, 3, 4]])
+
+
+def test_a_dropped_sample_gives_weights_no_gradient():
+    inputs = make_inputs("residual_attention", Case("dropped", B=5, D=32, dropped=3), torch.float32)
+    require("residual_attention", "cpu", inputs)
+    kept = inputs["branch_scale"] != 0
+    gradients = []
+    for rows, value in ((slice(None), float("nan")), (kept, 0.0)):
+        leaves = differentiable(inputs, torch.float32)
+        tokens = inputs["tokens"].clone()
+        tokens[~kept] = value
+        call = leaves | {"tokens": tokens[rows], "branch_scale": inputs["branch_scale"][rows]}
+        ops.residual_attention(**call, backend="cpu")[kept[rows]].square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves.values() if isinstance(leaf, torch.Tensor)])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True) if pair[1] is not None)
+
+
+def feed_forward_arguments(layer):
+    """What `residual_feed_forward` takes from a pre-norm torch.nn.TransformerEncoderLayer, beside its tokens."""
+    linear1, linear2 = layer.linear1, layer.linear2
+    return layer.norm2.weight, layer.norm2.bias, linear1.weight, linear1.bias, linear2.weight, linear2.bias
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("residual_feed_forward")])
+def test_residual_feed_forward_is_half_an_encoder_layer(backend):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(
+        32, 4, 48, 0.0, "gelu", batch_first=True, norm_first=True, layer_norm_eps=1e-6
+    )
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randn(3, 17, 32, requires_grad=True)
+    arguments = feed_forward_arguments(layer)
+    expected = tokens + layer._ff_block(layer.norm2(tokens))
+    actual = ops.residual_feed_forward(tokens, *arguments, eps=1e-6, backend=backend)
+    torch.testing.assert_close(actual, expected)
+    cotangent = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(result, (tokens, *arguments), cotangent) for result in (actual, expected))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("residual_feed_forward")])
+@pytest.mark.parametrize("kept", [(), (1,), (0, 2)])
+def test_a_dropped_branch_is_not_computed(backend, kept):
+    """A dropped sample passes bit for bit, whatever its branch would be, and adds nothing to the weights' gradients."""
+    inputs = make_inputs("residual_feed_forward", Case("dropped", B=3, J=5, D=20, F=33), torch.float32)
+    require("residual_feed_forward", backend, inputs)
+    scale = torch.zeros(3)
+    scale[list(kept)] = 1.25
+    dropped = [sample for sample in range(3) if sample not in kept]
+    inputs["tokens"][dropped, 0, 0] = float("inf")
+    leaves = differentiable(inputs, torch.float32)
+    updated = ops.residual_feed_forward(**leaves, branch_scale=scale, backend=backend)
+    assert torch.equal(updated[dropped], inputs["tokens"][dropped])
+    if backend == "reference":
+        return  # its gradients are PyTorch's own, which pass 0 · inf
+    updated[list(kept)].square().sum().backward()
+    alone = differentiable(inputs | {"tokens": inputs["tokens"][list(kept)]}, torch.float32)
+    expected = ops.residual_feed_forward(**alone, branch_scale=scale[list(kept)], backend=backend)
+    assert torch.equal(updated[list(kept)], expected)
+    expected.square().sum().backward()
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad[list(kept)] if name == "tokens" else leaf.grad, alone[name].grad), name
+    assert not leaves["tokens"].grad[dropped].any()
+
+
+def test_residual_feed_forward_over_many_rows():
+    """More rows than one chunk of the backward pass: weight gradients add up over chunks, for any number of threads."""
+    case = Case("chunks", B=160, J=17, D=24, F=40, dropped=7)
+    inputs = make_inputs("residual_feed_forward", case, torch.float32)
+    require("residual_feed_forward", "cpu", inputs)
+    check_against_float64("residual_feed_forward", inputs, torch.float32, "cpu")
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run("residual_feed_forward", differentiable(inputs, torch.float32), "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for outputs, gradients in results[1:]:
+        assert torch.equal(outputs["tokens"], results[0][0]["tokens"])
+        assert all(torch.equal(gradients[name], results[0][1][name]) for name in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gelu_of_extreme_values(dtype):
+    """One token of width 1 is normalized to norm_bias, so that the op shows its gelu alone."""
+    x = torch.tensor([-1e6, -40.0, -5.4, -5.2, -1.0, -0.0, 1e-7, 0.3, 5.2, 5.4, 40.0, 1e6], dtype=dtype)
+    one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+    require("residual_feed_forward", "cpu", {"x": x})
+    tokens = torch.zeros(1, 1, 1, dtype=dtype)
+    for value in x:
+        arguments = (one, zero, value.reshape(1, 1), value.reshape(1), one[None], zero)
+        result = ops.residual_feed_forward(tokens, *arguments, backend="cpu")
+        expected = torch.nn.functional.gelu(value.double())
+        torch.testing.assert_close(
+            result[0, 0, 0].double(), expected, rtol=1e-5 if dtype.itemsize > 2 else 1e-2, atol=2e-6
+        )

@@ -244,40 +244,6 @@ def call(op, **changes):
         ),
         ("update_joints", {"norm2_bias": 0.0}, TypeError, "norm2_bias must be a tensor [D], got float"),
         ("update_joints", {"eps": float("nan")}, ValueError, "eps must be a finite float >= 0, got nan"),
-        (
-            "attend_tokens",
-            {"query_key_value": None},
-            TypeError,
-            "query_key_value must be a tensor [B, T, 3D], got NoneType",
-        ),
-        (
-            "attend_tokens",
-            {"query_key_value": torch.zeros(3, 18)},
-            ValueError,
-            "query_key_value must have shape [B, T, 3D], got [3, 18]",
-        ),
-        (
-            "attend_tokens",
-            {"query_key_value": torch.zeros(2, 0, 18)},
-            ValueError,
-            "query_key_value must have T >= 1, got [2, 0, 18]",
-        ),
-        (
-            "attend_tokens",
-            {"query_key_value": torch.zeros(2, 3, 16)},
-            ValueError,
-            "query_key_value must have a width 3D, got [2, 3, 16]",
-        ),
-        (
-            "attend_tokens",
-            {"query_key_value": torch.zeros(2, 3, 18, dtype=torch.int32)},
-            TypeError,
-            "query_key_value must be float32, float16, bfloat16 or float64, got torch.int32",
-        ),
-        ("attend_tokens", {"heads": 4}, ValueError, "heads must be an int >= 1 that divides D = 6, got 4"),
-        ("attend_tokens", {"heads": True}, TypeError, "heads must be an int >= 1 that divides D = 6, got bool"),
-        ("attend_tokens", {"scale": float("nan")}, ValueError, "scale must be a finite float or None, got nan"),
-        ("attend_tokens", {"backend": "cuda"}, ValueError, "backend must be one of cpu, reference, got 'cuda'"),
         ("sample_context", {"feature_maps": 1.0}, TypeError, "feature_maps must be a list of L tensors, got float"),
         (
             "sample_context",
@@ -390,6 +356,136 @@ def call(op, **changes):
             TypeError,
             "embed_biases[1] must have tokens's dtype torch.float32, got torch.bfloat16",
         ),
+        ("residual_feed_forward", {"tokens": 1}, TypeError, "tokens must be a tensor [B, T, D], got int"),
+        (
+            "residual_feed_forward",
+            {"tokens": torch.zeros(2, 6)},
+            ValueError,
+            "tokens must have shape [B, T, D], got [2, 6]",
+        ),
+        (
+            "residual_feed_forward",
+            {"tokens": torch.zeros(2, 0, 6)},
+            ValueError,
+            "tokens must have T >= 1, got [2, 0, 6]",
+        ),
+        (
+            "residual_feed_forward",
+            {"norm_bias": torch.zeros(5)},
+            ValueError,
+            "norm_bias must have shape [D] = [6], got [5]",
+        ),
+        (
+            "residual_feed_forward",
+            {"linear1_weight": torch.zeros(0, 6)},
+            ValueError,
+            "linear1_weight must have F >= 1, got [0, 6]",
+        ),
+        (
+            "residual_feed_forward",
+            {"linear2_weight": torch.zeros(6, 7)},
+            ValueError,
+            "linear2_weight must have shape [D, F] = [6, 6], got [6, 7]",
+        ),
+        (
+            "residual_feed_forward",
+            {"linear2_bias": torch.zeros(6, dtype=torch.float64)},
+            TypeError,
+            "linear2_bias must have tokens's dtype torch.float32, got torch.float64",
+        ),
+        (
+            "residual_feed_forward",
+            {"branch_scale": 0.5},
+            TypeError,
+            "branch_scale must be a tensor [B], got float",
+        ),
+        (
+            "residual_feed_forward",
+            {"branch_scale": torch.ones(3)},
+            ValueError,
+            "branch_scale must have shape [B] = [2], got [3]",
+        ),
+        (
+            "residual_feed_forward",
+            {"branch_scale": torch.ones(2, device="meta")},
+            ValueError,
+            "branch_scale must be on tokens's device cpu, got meta",
+        ),
+        ("residual_feed_forward", {"eps": True}, TypeError, "eps must be a finite float >= 0, got bool"),
+        (
+            "attend_tokens",
+            {"query_key_value": None},
+            TypeError,
+            "query_key_value must be a tensor [B, T, 3D], got NoneType",
+        ),
+        (
+            "attend_tokens",
+            {"query_key_value": torch.zeros(3, 18)},
+            ValueError,
+            "query_key_value must have shape [B, T, 3D], got [3, 18]",
+        ),
+        (
+            "attend_tokens",
+            {"query_key_value": torch.zeros(2, 0, 18)},
+            ValueError,
+            "query_key_value must have T >= 1, got [2, 0, 18]",
+        ),
+        (
+            "attend_tokens",
+            {"query_key_value": torch.zeros(2, 3, 16)},
+            ValueError,
+            "query_key_value must have a width 3D, got [2, 3, 16]",
+        ),
+        (
+            "attend_tokens",
+            {"query_key_value": torch.zeros(2, 3, 18, dtype=torch.int32)},
+            TypeError,
+            "query_key_value must be float32, float16, bfloat16 or float64, got torch.int32",
+        ),
+        ("attend_tokens", {"heads": 4}, ValueError, "heads must be an int >= 1 that divides D = 6, got 4"),
+        ("attend_tokens", {"heads": True}, TypeError, "heads must be an int >= 1 that divides D = 6, got bool"),
+        ("attend_tokens", {"scale": float("nan")}, ValueError, "scale must be a finite float or None, got nan"),
+        ("attend_tokens", {"backend": "cuda"}, ValueError, "backend must be one of cpu, reference, got 'cuda'"),
+        ("residual_attention", {"tokens": 1}, TypeError, "tokens must be a tensor [B, T, D], got int"),
+        (
+            "residual_attention",
+            {"tokens": torch.zeros(2, 6)},
+            ValueError,
+            "tokens must have shape [B, T, D], got [2, 6]",
+        ),
+        ("residual_attention", {"tokens": torch.zeros(2, 0, 6)}, ValueError, "tokens must have T >= 1, got [2, 0, 6]"),
+        ("residual_attention", {"heads": 4}, ValueError, "heads must be an int >= 1 that divides D = 6, got 4"),
+        ("residual_attention", {"eps": -1.0}, ValueError, "eps must be a finite float >= 0, got -1.0"),
+        (
+            "residual_attention",
+            {"norm_bias": torch.zeros(5)},
+            ValueError,
+            "norm_bias must have shape [D] = [6], got [5]",
+        ),
+        (
+            "residual_attention",
+            {"in_proj_weight": torch.zeros(6, 6)},
+            ValueError,
+            "in_proj_weight must have shape [3D, D] = [18, 6], got [6, 6]",
+        ),
+        (
+            "residual_attention",
+            {"out_proj_weight": torch.zeros(6, 6, dtype=torch.float64)},
+            TypeError,
+            "out_proj_weight must have tokens's dtype torch.float32, got torch.float64",
+        ),
+        (
+            "residual_attention",
+            {"branch_scale": torch.zeros(3)},
+            ValueError,
+            "branch_scale must have shape [B] = [2], got [3]",
+        ),
+        (
+            "residual_attention",
+            {"branch_scale": torch.zeros(2, device="meta")},
+            ValueError,
+            "branch_scale must be on tokens's device cpu, got meta",
+        ),
     ],
 )
 def test_message(op, changes, error, text):
@@ -402,6 +498,15 @@ def test_message(op, changes, error, text):
 def test_the_cpu_joint_ops_are_for_full_precision(op, dtype):
     inputs = make_inputs(op, SMALL, dtype)
     expected = f"{op}: backend 'cpu' cannot serve this call: serves float32 and float64, got {dtype}"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        getattr(ops, op)(**inputs, backend="cpu")
+
+
+@pytest.mark.parametrize("op", ["residual_feed_forward", "residual_attention"])
+def test_the_cpu_residual_ops_are_not_for_float16(op):
+    inputs = make_inputs(op, SMALL, torch.float16)
+    reason = "serves float32, float64 and bfloat16, got torch.float16"
+    expected = f"{op}: backend 'cpu' cannot serve this call: {reason}"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         getattr(ops, op)(**inputs, backend="cpu")
 

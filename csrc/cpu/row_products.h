@@ -285,7 +285,6 @@ void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, const S* 
   }
 }
 
-// target [rows, columns] = x M: x [rows, inner] of any two strides, M [inner, columns].
 // Short dot products spend as long on adding up their lanes as on the products. Weights of few inputs are therefore
 // packed once per call into panels [inputs, panel_columns], where a vector holds different columns; in bfloat16 pairs
 // of inputs lie side by side, [inputs / 2, panel_columns, 2].
@@ -381,7 +380,7 @@ void multiply_packed(int64_t rows, int64_t columns, int64_t inputs, const S* x, 
   }
 }
 
-// target [rows, columns] = x M: x [rows, inner], M [inner, columns].
+// target [rows, columns] = x M: x [rows, inner] of any two strides, M [inner, columns].
 template <typename T>
 void multiply(int64_t rows, int64_t columns, int64_t inner, const T* x, int64_t x_stride, int64_t x_step, const T* m,
               int64_t m_stride, T* target, int64_t target_stride) {
