@@ -1,0 +1,112 @@
+"""The feed-forward half of a pre-norm block, at the widths and token counts of Context-Aware PoseFormer.
+
+Joint blocks have 17 tokens of width 640 per frame, level blocks 17 sequences of 5 tokens of width 128. B counts frames;
+the hidden layer is twice as wide as the tokens. There are no patches here: P is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from machine import DTYPE
+from measurement import Measurement
+from serving import serving_backends
+from torch import Tensor, nn
+from workload import FORWARD, JOINTS, TRAINING, Implementation, Setting, Workload
+
+from liftbyimage import ops
+from liftbyimage.reference.context_aware_poseformer import BLOCK_EPS, Mlp
+
+MLP_RATIO = 2
+
+
+@dataclass(frozen=True)
+class Tokens:
+    name: str
+    sequences: int  # per frame
+    length: int
+    dim: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+JOINT_BLOCK = Tokens("joint block", sequences=1, length=JOINTS, dim=640)
+LEVEL_BLOCK = Tokens("level block", sequences=JOINTS, length=5, dim=128)
+
+
+class FeedForward(nn.Module):
+    """As plain PyTorch composes it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=BLOCK_EPS)
+        self.mlp = Mlp(dim, MLP_RATIO)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        return (tokens + self.mlp(self.norm(tokens)),)
+
+
+class Fused(FeedForward):
+    def __init__(self, dim: int, backend: str) -> None:
+        super().__init__(dim)
+        self.backend = backend
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        norm, fc1, fc2 = self.norm, self.mlp.fc1, self.mlp.fc2
+        updated = ops.residual_feed_forward(
+            *(tokens, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+            eps=norm.eps,
+            backend=self.backend,
+        )
+        return (updated,)
+
+
+def _fused(backend: str) -> Implementation:
+    return Implementation(f"liftbyimage {backend}", lambda setting: Fused(setting.D, backend))
+
+
+IMPLEMENTATIONS = [
+    Implementation("reference", lambda setting: FeedForward(setting.D)),
+    Implementation("torch.compile", lambda setting: FeedForward(setting.D), compiled=True),
+    *(_fused(backend) for backend in serving_backends("residual_feed_forward")),
+]
+
+
+def workload(block: Tokens, batch: int, direction: str) -> Workload:
+    shape = (batch * block.sequences, block.length, block.dim)
+    values, weights = batch * block.sequences * block.length * block.dim, 2 * MLP_RATIO * block.dim**2
+
+    def inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (torch.randn(shape, generator=generator).to(dtype),)
+
+    return Workload(
+        op=f"feed-forward of a {block}",
+        setting=Setting(batch, 0, block.dim, direction, central=True),
+        reference=lambda setting: FeedForward(setting.D),
+        inputs=inputs,
+        outputs=("tokens",),
+        cotangents={"tokens": shape},
+        # Tokens are read and written; backward also reads the cotangent and the weights, and writes both gradients.
+        compulsory_bytes=(3 if direction == TRAINING else 1) * (2 * values + weights) * DTYPE.itemsize,
+        needed_bytes=8 * ((2 + 3 * MLP_RATIO) * values + weights) * DTYPE.itemsize,
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+@pytest.mark.parametrize("direction", [FORWARD, TRAINING])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("block", [JOINT_BLOCK, LEVEL_BLOCK], ids=str)
+def test_feed_forward(
+    measure: Measurement,
+    pytestconfig: pytest.Config,
+    block: Tokens,
+    batch: int,
+    direction: str,
+    implementation: Implementation,
+) -> None:
+    if pytestconfig.getoption("smoke") and batch > 1:
+        pytest.skip("one batch is enough for a smoke test")
+    measure(workload(block, batch, direction), implementation)
