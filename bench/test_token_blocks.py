@@ -1,7 +1,7 @@
 """The feed-forward half of a pre-norm block, at the widths and token counts of Context-Aware PoseFormer.
 
-Joint blocks have 17 tokens of width 640 per frame, level blocks 17 sequences of 5 tokens of width 128. B counts frames;
-the hidden layer is twice as wide as the tokens. There are no patches here: P is 0.
+Joint blocks have one sequence of 17 tokens of width 640 per frame, level blocks 17 sequences of 5 tokens of width 128;
+the hidden layer is twice as wide. A setting's B counts sequences, its P the tokens of one.
 """
 
 from __future__ import annotations
@@ -75,16 +75,17 @@ IMPLEMENTATIONS = [
 ]
 
 
-def workload(block: Tokens, batch: int, direction: str) -> Workload:
-    shape = (batch * block.sequences, block.length, block.dim)
-    values, weights = batch * block.sequences * block.length * block.dim, 2 * MLP_RATIO * block.dim**2
+def workload(block: Tokens, frames: int, direction: str) -> Workload:
+    batch = frames * block.sequences
+    shape = (batch, block.length, block.dim)
+    values, weights = batch * block.length * block.dim, 2 * MLP_RATIO * block.dim**2
 
     def inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (torch.randn(shape, generator=generator).to(dtype),)
 
     return Workload(
         op=f"feed-forward of a {block}",
-        setting=Setting(batch, 0, block.dim, direction, central=True),
+        setting=Setting(batch, block.length, block.dim, direction, central=True),
         reference=lambda setting: FeedForward(setting.D),
         inputs=inputs,
         outputs=("tokens",),
@@ -97,16 +98,16 @@ def workload(block: Tokens, batch: int, direction: str) -> Workload:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 @pytest.mark.parametrize("direction", [FORWARD, TRAINING])
-@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("frames", [1, 8, 64])
 @pytest.mark.parametrize("block", [JOINT_BLOCK, LEVEL_BLOCK], ids=str)
 def test_feed_forward(
     measure: Measurement,
     pytestconfig: pytest.Config,
     block: Tokens,
-    batch: int,
+    frames: int,
     direction: str,
     implementation: Implementation,
 ) -> None:
-    if pytestconfig.getoption("smoke") and batch > 1:
-        pytest.skip("one batch is enough for a smoke test")
-    measure(workload(block, batch, direction), implementation)
+    if pytestconfig.getoption("smoke") and frames > 1:
+        pytest.skip("one size is enough for a smoke test")
+    measure(workload(block, frames, direction), implementation)
