@@ -41,7 +41,7 @@ void for_groups(int64_t batch, int64_t joints, const F& f) {
   });
 }
 
-// f(first, count) over `size` columns in tasks of `most`.
+// f(first, count) over `size` columns (or rows) in tasks of `most`.
 template <typename F>
 void for_columns(int64_t size, int64_t most, const F& f) {
   parallel_tasks(divide_up(size, most), 1, [&](int64_t task) {
