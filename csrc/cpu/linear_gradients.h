@@ -17,10 +17,12 @@
 // columns whose size the shapes alone decide, and each sums its rows in their order, chunk after chunk.
 namespace liftbyimage::cpu {
 
-// 64 samples of 17 tokens: long enough for BLAS, and a chunk's scratch (20 MB at D = 640, F = 1280) is used again.
-constexpr int64_t chunk_rows = 64 * 18;
-// Tiles of a product: large enough that packing their operands is a small part of their work.
-constexpr int64_t tile_rows = 288, tile_columns = 320;
+// 32 samples of 17 tokens: long enough for BLAS, and what a chunk needs (8 MB at D = 640, F = 1280) is soon used again,
+// while more fresh memory would cost more page faults.
+constexpr int64_t chunk_rows = 32 * 18;
+// Tiles of a product: packing their operands is a small part of the work of large ones (BLAS reaches 102 GFLOP/s a core
+// with these, 98 with a third of them); a small product is cut finer, into about four.
+constexpr int64_t most_tile_rows = 320, least_tile_rows = 64, most_tile_columns = 640;
 
 // `most` or a little less, so that pieces are alike.
 inline int64_t even_piece(int64_t size, int64_t most) { return divide_up(size, divide_up(size, most)); }
@@ -40,8 +42,9 @@ template <typename T, typename F>
 void tiled_product(Transpose transpose_a, Transpose transpose_b, int64_t m, int64_t n, int64_t k, const T* a,
                    int64_t lda, const T* b, int64_t ldb, bool add, T* c, int64_t ldc, const F& finish) {
   const int64_t line = 64 / sizeof(T);  // operands of a tile stay aligned
-  const int64_t rows = line * divide_up(even_piece(m, tile_rows), line);
-  const int64_t columns = line * divide_up(even_piece(n, tile_columns), line);
+  const int64_t most_rows = std::clamp(divide_up(m, 4), least_tile_rows, most_tile_rows);
+  const int64_t rows = line * divide_up(even_piece(m, most_rows), line);
+  const int64_t columns = line * divide_up(even_piece(n, most_tile_columns), line);
   const int64_t across = divide_up(n, columns);
   parallel_tasks(divide_up(m, rows) * across, 1, [&](int64_t task) {
     const int64_t row = task / across * rows, column = task % across * columns;

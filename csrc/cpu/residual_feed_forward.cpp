@@ -113,7 +113,7 @@ class FeedForwardBackward {
   const T* grad_updated;
   const T* hidden;       // [B, T, F]
   const T* statistics;   // [B, T, 2]
-  // As the tensors of the forward; null where not wanted. All but the tokens' start at zero.
+  // As the tensors of the forward; null where not wanted. Those of biases and of the norm start at zero.
   T* grad_tokens;
   T* grad_norm_weight;
   T* grad_norm_bias;
@@ -124,21 +124,23 @@ class FeedForwardBackward {
 
   void run() const {
     const int64_t rows = kept.size() * count, most = std::min(rows, chunk_rows);
-    const Buffer<T> scratch = uninitialized<T>(most * (3 * width + 2 * hidden_width));
-    T* grad_branch = scratch.get();                    // [rows, D]
-    T* normalized = grad_branch + most * width;        // [rows, D]
-    T* grad_normalized = normalized + most * width;    // [rows, D]
-    T* activated = grad_normalized + most * width;     // [rows, F]
+    const Buffer<T> scratch = uninitialized<T>(most * 2 * (width + hidden_width));
+    T* normalized = scratch.get();                     // [rows, D]
+    T* grad_branch = normalized + most * width;        // [rows, D], then that of `normalized`
+    T* activated = grad_branch + most * width;         // [rows, F]
     T* grad_hidden = activated + most * hidden_width;  // [rows, F]
     for_row_chunks(rows, [&](int64_t first, int64_t size) {
       prepare(first, size, grad_branch, normalized);
       differentiate_hidden(first, size, grad_branch, activated, grad_hidden);
+      add_linear2_gradients(first > 0, size, grad_branch, activated);
+      add_linear1_gradients(first > 0, size, grad_hidden, normalized);
       if (grad_tokens != nullptr || grad_norm_weight != nullptr || grad_norm_bias != nullptr) {
+        T* grad_normalized = grad_branch;
         tiled_product(Transpose::no, Transpose::no, size, width, hidden_width, grad_hidden, hidden_width,
                       linear1_weight, width, false, grad_normalized, width);
+        differentiate_tokens(first, size, grad_normalized);
+        add_norm_gradients(first, size, grad_normalized);
       }
-      differentiate_tokens(first, size, grad_normalized);
-      add_weight_gradients(first, size, grad_branch, normalized, activated, grad_hidden, grad_normalized);
     });
   }
 
@@ -179,24 +181,28 @@ class FeedForwardBackward {
     });
   }
 
-  void add_weight_gradients(int64_t first, int64_t size, const T* grad_branch, const T* normalized, const T* activated,
-                            const T* grad_hidden, const T* grad_normalized) const {
-    using Vec = at::vec::Vectorized<T>;
-    const bool add = first > 0;
+  void add_linear2_gradients(bool add, int64_t size, const T* grad_branch, const T* activated) const {
     if (grad_linear2_weight != nullptr) {
       tiled_product(Transpose::yes, Transpose::no, width, hidden_width, size, grad_branch, width, activated,
                     hidden_width, add, grad_linear2_weight, hidden_width);
     }
+    if (grad_linear2_bias != nullptr) {
+      add_column_sums(size, width, grad_branch, grad_linear2_bias);
+    }
+  }
+
+  void add_linear1_gradients(bool add, int64_t size, const T* grad_hidden, const T* normalized) const {
     if (grad_linear1_weight != nullptr) {
       tiled_product(Transpose::yes, Transpose::no, hidden_width, width, size, grad_hidden, hidden_width, normalized,
                     width, add, grad_linear1_weight, width);
     }
-    if (grad_linear2_bias != nullptr) {
-      add_column_sums(size, width, grad_branch, grad_linear2_bias);
-    }
     if (grad_linear1_bias != nullptr) {
       add_column_sums(size, hidden_width, grad_hidden, grad_linear1_bias);
     }
+  }
+
+  void add_norm_gradients(int64_t first, int64_t size, const T* grad_normalized) const {
+    using Vec = at::vec::Vectorized<T>;
     if (grad_norm_bias != nullptr) {
       add_column_sums(size, width, grad_normalized, grad_norm_bias);
     }
@@ -316,14 +322,16 @@ std::vector<at::Tensor> residual_feed_forward_backward(
   const at::Tensor hidden = operand(hidden_in, sums), statistics = statistics_in.contiguous();
 
   std::array<at::Tensor, 7> grads;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (wanted[i]) {
-      grads[i] = at::zeros(inputs[i]->sizes(), tokens.options());
-    }
-  }
   AT_DISPATCH_FLOATING_TYPES(sums, "residual_feed_forward_backward", [&] {
     using T = scalar_t;
     const KeptSamples<T> kept(branch_scale, batch);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (wanted[i]) {
+        const bool written = kept.size() > 0 && inputs[i]->dim() > 1;  // biases and norms are added to
+        grads[i] = written ? at::empty(inputs[i]->sizes(), tokens.options())
+                           : at::zeros(inputs[i]->sizes(), tokens.options());
+      }
+    }
     if (grads[0].defined() && kept.size() < batch) {
       grads[0].copy_(grad_updated);
     }
