@@ -555,3 +555,11 @@ def test_explain_messages():
         ops.explain("attend", torch.zeros(1))
     with pytest.raises(ValueError, match="^explain: tensors must hold the call's tensor arguments, got none$"):
         ops.explain("prune_patches")
+
+
+def test_the_cpu_residual_attention_is_not_for_float16():
+    inputs = make_inputs("residual_attention", SMALL, torch.float16)
+    reason = "serves float32, float64 and bfloat16, got torch.float16"
+    expected = f"residual_attention: backend 'cpu' cannot serve this call: {reason}"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        ops.residual_attention(**inputs, backend="cpu")

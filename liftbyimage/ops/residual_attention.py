@@ -4,9 +4,8 @@
     updated = tokens + branch_scale · branch                                                           [B, T, D]
 
 B samples, T tokens, D model width; attend_tokens is softmax(Q Kᵀ / √(D / H)) V for each of H heads. The weights are
-used
-transposed, as torch.nn.MultiheadAttention stores them. `branch_scale` [B] is stochastic depth (drop path): the caller
-draws 0, or 1 / probability of keeping, for each sample; the branch of a sample at 0 is not computed.
+used transposed, as torch.nn.MultiheadAttention stores them. `branch_scale` [B] is stochastic depth (drop path): the
+caller draws 0, or 1 / probability of keeping, for each sample; the branch of a sample at 0 is not computed.
 
 Source: torch.nn.TransformerEncoderLayer (norm_first=True), its self-attention block; the level and joint blocks of
 Q. Zhao, C. Zheng, M. Liu, C. Chen, "A Single 2D Pose with Context is Worth Hundreds for 3D Human Pose Estimation",
