@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from liftbyimage import models
 from liftbyimage._files import write_atomically
+from liftbyimage.models.context_aware_poseformer import config_of
 
+_PUBLISHED_LIFTER, _PUBLISHED_BACKBONE = "volume_net.", "backbone."
 FORMAT = "liftbyimage-checkpoint-1"
 PARTS = ("lifter", "lifter_config", "encoder", "encoder_config", "lifter_state", "encoder_state")
 
@@ -32,7 +34,7 @@ def save_pipeline(
     extra: Mapping[str, Any] | None = None,
     with_encoder: bool = True,
 ) -> None:
-    """Write a Lifting by Image pipeline.
+    """Write a pipeline.
 
     Args:
         encoder, encoder_config: the name and keyword arguments with which `models.build_encoder` makes it.
@@ -43,7 +45,7 @@ def save_pipeline(
     save_atomically(
         {
             "format": FORMAT,
-            "lifter": "lift-by-image",
+            "lifter": pipeline.lifter.name,
             "lifter_config": pipeline.lifter.config.to_dict(),
             "encoder": encoder,
             "encoder_config": dict(encoder_config or {}),
@@ -69,7 +71,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, is no PyTorch file, or is no liftbyimage checkpoint.
     """
-    contents = _read_tensors(path, "checkpoint")
+    return _require_format(_read_tensors(path, "checkpoint"), path)
+
+
+def _require_format(contents: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
         raise ValueError(f"checkpoint {path}: expected format {FORMAT!r}, got {found!r}")
@@ -89,23 +94,37 @@ def _read_tensors(path: str | os.PathLike[str], what: str) -> Any:
 
 
 def load_pipeline(
-    path: str | os.PathLike[str], encoder_weights: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    encoder_weights: str | os.PathLike[str] | None = None,
+    model: str | None = None,
 ) -> models.Pipeline:
     """The pipeline a checkpoint holds, in float32 and evaluation mode.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or a published file of Context-Aware PoseFormer (backbone and lifter, flat or under
+            "model", all names with or without the prefix "module.").
         encoder_weights: a file of official HRNet weights to use instead of the checkpoint's own encoder
             weights; of the width, w32 or w48, that the checkpoint's lifter was made for.
+        model: the lifter it must hold, "lift-by-image" or "context-aware-poseformer"; None takes either.
 
     Raises:
-        ValueError: as `read_checkpoint`; its weights do not fit the configuration it states; it holds no
-            encoder weights and none are given; or the given ones are not of the HRNet that its lifter needs.
+        ValueError: as `read_checkpoint`; it holds another lifter; its weights do not fit the configuration it states;
+            it holds no encoder weights and none are given; or the given ones are not of the HRNet that its lifter
+            needs.
     """
-    contents = read_checkpoint(path)
-    if contents["lifter"] != "lift-by-image":
-        raise ValueError(f"checkpoint {path}: lifter must be 'lift-by-image', got {contents['lifter']!r}")
-    lifter = models.build(contents["lifter"], **contents["lifter_config"])
+    contents = _read_tensors(path, "checkpoint")
+    published = _published_weights(contents)
+    if published is None:
+        contents = _require_format(contents, path)
+    name = contents["lifter"] if published is None else models.ContextAwarePoseFormer.name
+    known = (models.LiftByImage.name, models.ContextAwarePoseFormer.name)
+    if name not in known:
+        raise ValueError(f"checkpoint {path}: lifter must be one of {', '.join(known)}, got {name!r}")
+    if model not in (None, name):
+        raise ValueError(f"checkpoint {path}: lifter must be {model!r}, got {name!r}")
+    if published is not None:
+        return _published_pipeline(published, encoder_weights, path)
+    lifter = models.build(name, **contents["lifter_config"])
     load_state(lifter, contents["lifter_state"], f"checkpoint {path}: lifter")
     if encoder_weights is not None:
         encoder: nn.Module = _official_encoder(encoder_weights, contents["encoder"], path)
@@ -117,6 +136,60 @@ def load_pipeline(
         encoder = models.build_encoder(contents["encoder"], **contents["encoder_config"])
         load_state(encoder, contents["encoder_state"], f"checkpoint {path}: encoder")
     return models.Pipeline(encoder, lifter).eval()  # type: ignore[arg-type]
+
+
+def _published_weights(contents: Any) -> dict[str, Tensor] | None:
+    """The weights of a published Context-Aware PoseFormer file under their bare names; None if it is none."""
+    named = contents.get("model", contents) if isinstance(contents, dict) else {}
+    if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named):
+        return None
+    bare = {name.removeprefix("module."): value for name, value in named.items()}
+    return bare if any(name.startswith(_PUBLISHED_LIFTER) for name in bare) else None
+
+
+def _published_pipeline(
+    weights: Mapping[str, Tensor], encoder_weights: str | os.PathLike[str] | None, path: str | os.PathLike[str]
+) -> models.Pipeline:
+    lifter_state = _part(weights, _PUBLISHED_LIFTER)
+    lifter = models.ContextAwarePoseFormer(config_of(lifter_state))
+    load_state(lifter, lifter_state, f"checkpoint {path}: {_PUBLISHED_LIFTER}*")
+    width = lifter.config.channels[0]
+    if encoder_weights is not None:
+        return models.Pipeline(_official_encoder(encoder_weights, f"hrnet-w{width}", path), lifter).eval()
+    encoder_state = _part(weights, _PUBLISHED_BACKBONE)
+    if f"hrnet-w{width}" not in models.ENCODERS or "stage4.0.branches.0.0.conv1.weight" not in encoder_state:
+        raise ValueError(
+            f"checkpoint {path}: backbone must be an HRNet, w32 or w48, got another one; build your own Pipeline with "
+            "it and load the lifter alone by load_published_lifter"
+        )
+    encoder = models.HRNet(width, num_joints=None)
+    load_state(encoder, encoder_state, f"checkpoint {path}: {_PUBLISHED_BACKBONE}*")
+    unknown = [name for name in weights if not name.startswith((_PUBLISHED_LIFTER, _PUBLISHED_BACKBONE))]
+    if unknown:
+        raise ValueError(f"checkpoint {path} has {len(unknown)} unknown weights: {_first(unknown)}")
+    return models.Pipeline(encoder, lifter).eval()
+
+
+def load_published_lifter(path: str | os.PathLike[str]) -> models.ContextAwarePoseFormer:
+    """The lifter of a published Context-Aware PoseFormer file, whatever its backbone; float32, evaluation mode.
+
+    Raises:
+        ValueError: no readable file of such weights, or names or shapes that do not fit each other.
+    """
+    published = _published_weights(_read_tensors(path, "checkpoint"))
+    if published is None:
+        raise ValueError(
+            f"checkpoint {path}: expected weights of a published Context-Aware PoseFormer, got none whose names begin "
+            f"with {_PUBLISHED_LIFTER}"
+        )
+    state = _part(published, _PUBLISHED_LIFTER)
+    lifter = models.ContextAwarePoseFormer(config_of(state))
+    load_state(lifter, state, f"checkpoint {path}: {_PUBLISHED_LIFTER}*")
+    return lifter.eval()
+
+
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _official_encoder(
@@ -141,16 +214,22 @@ def _official_encoder(
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load a state dict strictly; one sentence names what does not fit."""
+    """Load a state dict strictly; one sentence names what does not fit. `num_batches_tracked` may be missing."""
     own = module.state_dict()
-    for problem, names in (("misses", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
-        if names:
-            first = ", ".join(sorted(names)[:5])
-            raise ValueError(f"{what} {problem} {len(names)} weights of this configuration: {first}")
+    missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
+    unknown = [name for name in state if name not in own]
+    problems = [f"misses {len(missing)} weights of this configuration: {_first(missing)}"] if missing else []
+    problems += [f"has {len(unknown)} unknown weights: {_first(unknown)}"] if unknown else []
+    if problems:
+        raise ValueError(f"{what} {'; and '.join(problems)}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise ValueError(
                 f"{what} is of another configuration: {name} must have shape {list(own[name].shape)}, "
                 f"got {list(tensor.shape)}"
             )
-    module.load_state_dict(state)
+    module.load_state_dict({**own, **state})
+
+
+def _first(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

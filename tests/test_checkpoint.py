@@ -155,7 +155,9 @@ def test_encoder_of_other_channels(saved: Path) -> None:
 
 def test_other_lifter(saved: Path) -> None:
     _change(saved, lifter="pose-only")
-    _refused(saved, f"checkpoint {saved}: lifter must be 'lift-by-image', got 'pose-only'")
+    _refused(
+        saved, f"checkpoint {saved}: lifter must be one of lift-by-image, context-aware-poseformer, got 'pose-only'"
+    )
 
 
 def test_missing_and_unknown_weights(saved: Path, pipeline: models.Pipeline) -> None:
@@ -163,10 +165,10 @@ def test_missing_and_unknown_weights(saved: Path, pipeline: models.Pipeline) -> 
     _change(saved, lifter_state={k: v for k, v in state.items() if not k.startswith("coarse_head")})
     _refused(
         saved,
-        f"checkpoint {saved}: lifter misses 2 weights of this configuration: coarse_head.bias, coarse_head.weight",
+        f"checkpoint {saved}: lifter misses 2 weights of this configuration: coarse_head.weight, coarse_head.bias",
     )
     _change(saved, lifter_state={**state, "extra.weight": torch.zeros(1)})
-    _refused(saved, f"checkpoint {saved}: lifter has unknown 1 weights of this configuration: extra.weight")
+    _refused(saved, f"checkpoint {saved}: lifter has 1 unknown weights: extra.weight")
 
 
 def test_official_weights_fill_a_checkpoint_without_encoder(

@@ -338,5 +338,5 @@ def test_bad_taps(taps, error: type[Exception], message: str) -> None:
 def test_bad_configuration() -> None:
     with pytest.raises(ValueError, match="^HRNet: width must be 32 or 48, got 18$"):
         HRNet(18)
-    with pytest.raises(ValueError, match="^HRNet: num_joints must be an integer of at least 1, got 0$"):
+    with pytest.raises(ValueError, match="^HRNet: num_joints must be an integer of at least 1 or None, got 0$"):
         HRNet(32, num_joints=0)

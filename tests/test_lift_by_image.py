@@ -120,7 +120,9 @@ def test_bad_input():
         lifter(features, pose_2d[:, :16])
     with pytest.raises(ValueError, match=r"^PoseOnlyLifter: pose_2d must have shape \[B, 17, 2\], got \[3, 16, 2\]$"):
         PoseOnlyLifter(dim=32, heads=4)(pose_2d[:, :16])
-    with pytest.raises(ValueError, match="^lifter must be one of lift-by-image, pose-only, got 'videopose'$"):
+    with pytest.raises(
+        ValueError, match="^lifter must be one of lift-by-image, context-aware-poseformer, pose-only, got 'videopose'$"
+    ):
         models.build("videopose")
     with pytest.raises(ValueError, match="^encoder must be one of hrnet-w32, hrnet-w48, tiny, got 'resnet'$"):
         models.build_encoder("resnet")
@@ -132,7 +134,9 @@ def test_bad_input():
         LiftByImageConfig(grid=(0, 4))
     with pytest.raises(TypeError, match="^LiftByImage: config must be a LiftByImageConfig, got str$"):
         LiftByImage("factored")
-    with pytest.raises(TypeError, match="^Pipeline: lifter must be a LiftByImage, got TinyEncoder$"):
+    with pytest.raises(
+        TypeError, match="^Pipeline: lifter must be a LiftByImage or ContextAwarePoseFormer, got TinyEncoder$"
+    ):
         Pipeline(TinyEncoder(), TinyEncoder())
     with pytest.raises(ValueError, match="^LiftByImageConfig: num_joints must be >= 1, got 0$"):
         LiftByImageConfig(num_joints=0)

@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "../checks.h"
-#include "joint_tokens.h"
 #include "ops.h"
 #include "parallel.h"
 #include "sampling.h"
+#include "small_tokens.h"
 #include "tiles.h"
 
 namespace liftbyimage::cpu {
@@ -74,7 +74,7 @@ class ResidualContext {
       (load_row<T>(tokens + i, size) + load_row<T>(pose + i, size)).store(asking + i, static_cast<int>(size));
     });
     for (int64_t row = 0; row < count; ++row) {
-      normalize_row(norm, asking + row * width);
+      normalize_row(norm, asking + row * width, asking + row * width);
     }
   }
 

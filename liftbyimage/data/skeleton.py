@@ -40,6 +40,12 @@ def _permutation(pairs: tuple[tuple[int, int], ...], count: int) -> tuple[int, .
 
 FLIP_PERMUTATION: tuple[int, ...] = _permutation(FLIP_PAIRS, len(JOINT_NAMES))
 
+# MPI-INF-3DHP's 17 joints in the order of its test set.
+MPI_INF_3DHP_ROOT = 14
+MPI_INF_3DHP_FLIP_PERMUTATION: tuple[int, ...] = _permutation(
+    ((5, 2), (6, 3), (7, 4), (11, 8), (12, 9), (13, 10)), len(JOINT_NAMES)
+)
+
 COCO_NAMES: tuple[str, ...] = (
     "nose",
     "left_eye",

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from liftbyimage.models.context_aware_poseformer import ContextAwarePoseFormer, ContextAwarePoseFormerConfig
 from liftbyimage.models.folding import fold_batch_norm
 from liftbyimage.models.heatmaps import decode_heatmaps, flip_average
 from liftbyimage.models.hrnet import HRNet, hrnet_w32, hrnet_w48
@@ -17,6 +18,8 @@ from liftbyimage.models.pose_only import PoseOnlyLifter
 from liftbyimage.models.tiny_encoder import TinyEncoder
 
 __all__ = [
+    "ContextAwarePoseFormer",
+    "ContextAwarePoseFormerConfig",
     "HRNet",
     "LiftByImage",
     "LiftByImageConfig",
@@ -39,7 +42,15 @@ def _lift_by_image(**config: Any) -> LiftByImage:
     return LiftByImage(LiftByImageConfig(**config))
 
 
-LIFTERS: dict[str, Callable[..., nn.Module]] = {"lift-by-image": _lift_by_image, "pose-only": PoseOnlyLifter}
+def _context_aware_poseformer(**config: Any) -> ContextAwarePoseFormer:
+    return ContextAwarePoseFormer(ContextAwarePoseFormerConfig(**config))
+
+
+LIFTERS: dict[str, Callable[..., nn.Module]] = {
+    LiftByImage.name: _lift_by_image,
+    ContextAwarePoseFormer.name: _context_aware_poseformer,
+    "pose-only": PoseOnlyLifter,
+}
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "hrnet-w32": hrnet_w32,
     "hrnet-w48": hrnet_w48,
@@ -48,7 +59,8 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, **config: Any) -> nn.Module:
-    """A lifter by its name, "lift-by-image" or "pose-only", with its configuration as keyword arguments."""
+    """A lifter by its name, "lift-by-image", "context-aware-poseformer" or "pose-only", with its configuration as
+    keyword arguments."""
     return _build("lifter", LIFTERS, name, config)
 
 

@@ -116,10 +116,11 @@ class HRNet(nn.Module):
     Args:
         width: channels of the highest resolution, 32 or 48; the four branches have w, 2w, 4w, 8w channels at
             strides 4, 8, 16, 32.
-        num_joints: number of heatmaps (17 for the official COCO weights).
+        num_joints: number of heatmaps (17 for the official COCO weights); None for a backbone without the pose head.
 
     Attributes:
         channels: channels of the `final` tap (= width).
+        branch_channels: channels of the four maps of the `branches` tap.
         stride: image pixels per pixel of the `final` tap (4).
 
     Source: K. Sun et al., CVPR 2019. At 256x192 w32 takes 7.645 GMAC, w48 15.69 GMAC.
@@ -127,15 +128,16 @@ class HRNet(nn.Module):
 
     stride = 4
 
-    def __init__(self, width: int = 32, num_joints: int = 17) -> None:
+    def __init__(self, width: int = 32, num_joints: int | None = 17) -> None:
         super().__init__()
         if width not in _WIDTHS:
             raise ValueError(f"HRNet: width must be 32 or 48, got {width!r}")
-        if not isinstance(num_joints, int) or num_joints < 1:
-            raise ValueError(f"HRNet: num_joints must be an integer of at least 1, got {num_joints!r}")
+        if num_joints is not None and (not isinstance(num_joints, int) or num_joints < 1):
+            raise ValueError(f"HRNet: num_joints must be an integer of at least 1 or None, got {num_joints!r}")
         self.channels = width
         self.num_joints = num_joints
         widths = [width * 2**branch for branch in range(4)]
+        self.branch_channels = tuple(widths)
 
         self.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -157,7 +159,7 @@ class HRNet(nn.Module):
         self.stage3 = self._stage(3, widths)
         self.transition3 = self._transition(3, widths)
         self.stage4 = self._stage(4, widths, last_fused=1)
-        self.final_layer = nn.Conv2d(width, num_joints, 1)
+        self.final_layer = None if num_joints is None else nn.Conv2d(width, num_joints, 1)
 
     @staticmethod
     def _stage(stage: int, widths: list[int], last_fused: int | None = None) -> nn.Sequential:
@@ -186,10 +188,13 @@ class HRNet(nn.Module):
             A dict with one entry per tap, in the input's dtype, differentiable in `images` and the weights.
 
         Raises:
-            TypeError, ValueError: wrong type, rank, size, dtype or device of `images`; unknown or no `taps`.
+            TypeError, ValueError: wrong type, rank, size, dtype or device of `images`; unknown or no `taps`, or
+                heatmaps of a backbone without the pose head.
         """
         check_images("HRNet", images, self.conv1.weight, 32)
         _check_taps(taps)
+        if "heatmaps" in taps and self.final_layer is None:
+            raise ValueError("HRNet: taps must not name heatmaps, for this backbone has no pose head (num_joints=None)")
         outputs: dict[str, Tensor | list[Tensor]] = {}
         branches = self.stage4[0].run_branches(self._stage4_input(images))
         if "branches" in taps:
@@ -201,13 +206,17 @@ class HRNet(nn.Module):
             final = maps[0]
             if "final" in taps:
                 outputs["final"] = final
-            if "heatmaps" in taps:
+            if self.final_layer is not None and "heatmaps" in taps:
                 outputs["heatmaps"] = self.final_layer(final)
         return outputs
 
     def features(self, images: Tensor) -> Tensor:
         """The `final` tap: images [B, 3, H, W] as in `forward` -> [B, channels, H/4, W/4]."""
         return self(images, ("final",))["final"]
+
+    def branches(self, images: Tensor) -> list[Tensor]:
+        """The `branches` tap: images [B, 3, H, W] as in `forward` -> four maps of `branch_channels`."""
+        return self(images, ("branches",))["branches"]
 
     def _stage4_input(self, images: Tensor) -> list[Tensor]:
         x = self.relu(self.bn1(self.conv1(images)))

@@ -15,9 +15,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from liftbyimage.data.crop import apply_affine, flip_pose, normalise_keypoints
+from liftbyimage.data.skeleton import FLIP_PERMUTATION
 from liftbyimage.metrics import root_relative
 from liftbyimage.nn import FactoredPatches, FeatureSelection, PoseGuidedLayer, TransformerLayer
 from liftbyimage.nn.formulation import Formulation, check_formulation
@@ -92,6 +95,10 @@ class LiftByImage(nn.Module):
             "factored" without ever forming one, "auto" as each layer is cheapest (docs/kernels/factored.md). Outputs
             agree to rounding.
     """
+
+    name = "lift-by-image"
+    reads = "features"  # the encoder's method that gives what this lifter reads
+    encoder_is_frozen = False
 
     def __init__(self, config: LiftByImageConfig | None = None, formulation: Formulation = "auto") -> None:
         super().__init__()
@@ -176,6 +183,28 @@ class LiftByImage(nn.Module):
         positions = self.positions.to(features.dtype).expand(features.shape[0], -1, -1)
         patches = FactoredPatches(torch.cat([features.flatten(2).transpose(1, 2), positions], dim=2), embedding, bias)
         return patches.dense() if self.formulation in ("projected", "absorbed") else patches
+
+    def check_encoder(self, encoder: nn.Module) -> None:
+        channels = getattr(encoder, "channels", None)
+        if channels != self.config.image_channels:
+            raise ValueError(
+                f"Pipeline: encoder must give the lifter's {self.config.image_channels} channels, got {channels}"
+            )
+
+    def pose_inputs(self, keypoints: np.ndarray, crop_matrix: np.ndarray, image_size: np.ndarray) -> tuple[Tensor, ...]:
+        """(pose_2d,) of keypoints [N, J, 2] in px of pictures, which crop_matrix [N, 2, 3] maps to crop px.
+
+        image_size [N, 2] (width, height) is what other lifters need.
+        """
+        return (torch.from_numpy(normalise_keypoints(apply_affine(crop_matrix, keypoints))).float(),)
+
+    def flip_inputs(self, pose_2d: Tensor) -> tuple[Tensor, ...]:
+        """pose_2d [B, 17, 2] of the mirrored crop."""
+        return (pose_2d[:, list(FLIP_PERMUTATION)] * pose_2d.new_tensor([-1.0, 1.0]),)
+
+    def flip_output(self, pose_3d: Tensor) -> Tensor:
+        """A pose [B, 17, 3] of the mirrored crop, mirrored back."""
+        return flip_pose(pose_3d)
 
     def stage1_parameters(self) -> list[nn.Parameter]:
         modules = (self.feature_norm, self.embed, self.pose_embed, self.stage1, self.coarse_head)

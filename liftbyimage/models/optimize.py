@@ -55,29 +55,47 @@ class OptimizationReport:
 
 
 class OptimizedEncoder(nn.Module):
-    """An encoder for inference, made by `optimize_encoder`: `features([B, 3, H, W]) -> [B, C, Hf, Wf]` in `dtype`.
+    """An encoder for inference, made by `optimize_encoder`, in `dtype`: calling it gives what one method of the
+    original, `features` or `branches`, gave, and it has that method.
 
     It takes images of the dtype and on the device it was made for, of any batch and size the original takes. An image
     that holds NaN or infinity gives NaN features.
     """
 
-    def __init__(self, run: nn.Module, channels: int, images_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    def __init__(
+        self, run: nn.Module, encoder: nn.Module, method: str, images_dtype: torch.dtype, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.run = run
-        self.channels = channels
+        self.method = method
+        self.channels = getattr(encoder, "channels", None)
+        self.branch_channels = getattr(encoder, "branch_channels", None)
         self.images_dtype, self.dtype = images_dtype, dtype
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         # Any other dtype goes on as it is, for the encoder's own check to refuse.
-        features = self.run(images.to(self.dtype) if images.dtype == self.images_dtype else images)
+        maps = self.run(images.to(self.dtype) if images.dtype == self.images_dtype else images)
         # Fused rectifiers make NaN zero; zero times an image is zero, or NaN if the image holds NaN or infinity.
-        return features + (images * 0).sum(dim=(1, 2, 3), keepdim=True).to(features.dtype)
+        spoiled = (images * 0).sum(dim=(1, 2, 3), keepdim=True)
+        if isinstance(maps, Tensor):
+            return maps + spoiled.to(maps.dtype)
+        return [one + spoiled.to(one.dtype) for one in maps]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Same as `features`."""
-        return self.features(images)
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B, C, Hf, Wf], if it was made of the method of that name."""
+        self._require("features")
+        return self(images)
+
+    def branches(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] → maps of `branch_channels`, if it was made of the method of that name."""
+        self._require("branches")
+        return self(images)
+
+    def _require(self, method: str) -> None:
+        if method != self.method:
+            raise RuntimeError(f"OptimizedEncoder: was made of {self.method}(), and has no {method}()")
 
     def train(self, mode: bool = True) -> OptimizedEncoder:
         if mode:
@@ -85,13 +103,13 @@ class OptimizedEncoder(nn.Module):
         return super().train(False)
 
 
-class _Features(nn.Module):
-    def __init__(self, encoder: nn.Module) -> None:
+class _Method(nn.Module):
+    def __init__(self, encoder: nn.Module, method: str) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.method = encoder, method
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.encoder.features(images)
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        return getattr(self.encoder, self.method)(images)
 
 
 class _ChannelsLast(nn.Module):
@@ -119,22 +137,29 @@ class _Compiled(nn.Module):
 
 @torch.no_grad()
 def optimize_encoder(
-    encoder: nn.Module, images: Tensor, *, dtype: torch.dtype | None = None, compile: bool = False
+    encoder: nn.Module,
+    images: Tensor,
+    method: str = "features",
+    *,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
 ) -> tuple[OptimizedEncoder, OptimizationReport]:
-    """The fastest of several ways to run `encoder.features`, each verified before it is timed on `images`.
+    """The fastest of several ways to run `encoder.features`, or another `method`, each verified before it is timed on
+    `images`.
 
     The ways: as it is; with batch norms folded into convolutions; that in channels-last layout; that with convolutions
     packed for oneDNN (CPU); on demand in bfloat16 and compiled. Arguments and errors: as `Pipeline.optimize`.
     """
     _check(images, dtype)
-    truth = encoder.features(images)
-    if not truth.isfinite().all():
+    truth = _listed(getattr(encoder, method)(images))
+    if not all(one.isfinite().all() for one in truth):
         raise ValueError("Pipeline.optimize: images must give finite features, got some that are not")
-    networks, refused = _build(encoder, images, {images.dtype, dtype or images.dtype}, compile)
+    networks, refused = _build(encoder, images, method, {images.dtype, dtype or images.dtype}, compile)
     encoders, errors = {}, {}
     for name, (network, computed_in) in networks.items():
-        made = OptimizedEncoder(network, encoder.channels, images.dtype, computed_in)
-        errors[name] = relative_error(made.features(images), truth)
+        made = OptimizedEncoder(network, encoder, method, images.dtype, computed_in)
+        each = [relative_error(*pair) for pair in zip(_listed(made(images)), truth, strict=True)]
+        errors[name] = torch.tensor(each).max().item()  # NaN, if one is
         if errors[name] <= BOUNDS[computed_in]:
             encoders[name] = made
         else:
@@ -145,6 +170,10 @@ def optimize_encoder(
     candidates = [Candidate(name, times[name], errors[name]) for name in times]
     candidates += [Candidate(name, why_not=reason) for name, reason in refused.items()]
     return encoders[chosen], OptimizationReport(chosen, tuple(candidates))
+
+
+def _listed(maps: Tensor | list[Tensor]) -> list[Tensor]:
+    return [maps] if isinstance(maps, Tensor) else maps
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -167,13 +196,15 @@ def _check(images: Tensor, dtype: torch.dtype | None) -> None:
 
 
 def _build(
-    encoder: nn.Module, images: Tensor, dtypes: set[torch.dtype], compile: bool
+    encoder: nn.Module, images: Tensor, method: str, dtypes: set[torch.dtype], compile: bool
 ) -> tuple[dict[str, tuple[nn.Module, torch.dtype]], dict[str, str]]:
     """By name, the networks with the dtype they compute in, and the reasons why others could not be made."""
-    networks: dict[str, tuple[nn.Module, torch.dtype]] = {PLAIN: (_Features(copy.deepcopy(encoder)), images.dtype)}
+    networks: dict[str, tuple[nn.Module, torch.dtype]] = {
+        PLAIN: (_Method(copy.deepcopy(encoder), method), images.dtype)
+    }
     refused = {}
     try:
-        folded = fold_batch_norm(encoder, "features")
+        folded = fold_batch_norm(encoder, method)
     except ValueError as error:
         return networks, {"folded": str(error)}
     networks["folded"] = (folded, images.dtype)
@@ -202,7 +233,7 @@ def _milliseconds(encoders: Mapping[str, OptimizedEncoder], images: Tensor) -> d
         for name, encoder in encoders.items():
             _synchronise(images)
             started = time.perf_counter()
-            encoder.features(images)
+            encoder(images)
             _synchronise(images)
             if turn >= _WARM_UP:
                 seconds[name].append(time.perf_counter() - started)

@@ -7,16 +7,19 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from liftbyimage.models.context_aware_poseformer import ContextAwarePoseFormer
 from liftbyimage.models.lift_by_image import LiftByImage, LiftedPose
 from liftbyimage.models.optimize import OptimizationReport, optimize_encoder
 
 
 class Pipeline(nn.Module):
-    """`encoder.features(images)` followed by the lifter.
+    """An encoder and the lifter that reads what it makes of images.
 
     Args:
-        encoder: a module with `features([B, 3, H, W]) -> [B, C, Hf, Wf]` and `channels` (HRNet, TinyEncoder, your own).
-        lifter: a LiftByImage whose `image_channels` is the encoder's `channels`.
+        encoder: for a LiftByImage a module with `features([B, 3, H, W]) -> [B, C, Hf, Wf]` and `channels`, for a
+            ContextAwarePoseFormer one with `branches([B, 3, H, W]) -> list of maps` and `branch_channels` (HRNet has
+            both, TinyEncoder the former; or your own).
+        lifter: a LiftByImage or ContextAwarePoseFormer for maps of those channels.
 
     Attributes:
         report: how `optimize` made this pipeline; None for one it did not make.
@@ -24,25 +27,46 @@ class Pipeline(nn.Module):
 
     report: OptimizationReport | None = None
 
-    def __init__(self, encoder: nn.Module, lifter: LiftByImage) -> None:
+    def __init__(self, encoder: nn.Module, lifter: LiftByImage | ContextAwarePoseFormer) -> None:
         super().__init__()
-        if not isinstance(lifter, LiftByImage):
-            raise TypeError(f"Pipeline: lifter must be a LiftByImage, got {type(lifter).__name__}")
-        channels = getattr(encoder, "channels", None)
-        if channels != lifter.config.image_channels:
-            raise ValueError(
-                f"Pipeline: encoder must give the lifter's {lifter.config.image_channels} channels, got {channels}"
+        if not isinstance(lifter, (LiftByImage, ContextAwarePoseFormer)):
+            raise TypeError(
+                f"Pipeline: lifter must be a LiftByImage or ContextAwarePoseFormer, got {type(lifter).__name__}"
             )
+        lifter.check_encoder(encoder)
         self.encoder = encoder
         self.lifter = lifter
 
-    def forward(self, images: Tensor, pose_2d: Tensor) -> LiftedPose:
-        """images [B, 3, H, W] (RGB, ImageNet-normalised), pose_2d [B, J, 2] in [-1, 1] → LiftedPose in metres.
+    def forward(self, images: Tensor, *poses: Tensor) -> LiftedPose | Tensor:
+        """images [B, 3, H, W] (RGB, ImageNet-normalised) and the lifter's 2D poses → what the lifter returns.
 
-        The encoder may compute in another dtype than the lifter, whose dtype is that of `pose_2d`.
+        A LiftByImage takes pose_2d [B, J, 2], a ContextAwarePoseFormer pose_2d and pose_crop [B, J, 2]
+        (`lifter.pose_inputs` makes them of pixels). The encoder may compute in another dtype than the lifter, whose
+        dtype is that of the poses.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.report is None):
-            return self.lifter(self.encoder.features(images).to(pose_2d.dtype), pose_2d)
+            return self.lifter(self.read(images, poses[0].dtype), *poses)
+
+    def read(self, images: Tensor, dtype: torch.dtype) -> Tensor | list[Tensor]:
+        """What the lifter reads of images, in `dtype`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.lifter.encoder_is_frozen):
+            maps = getattr(self.encoder, self.lifter.reads)(images)
+        return maps.to(dtype) if isinstance(maps, Tensor) else [one.to(dtype) for one in maps]
+
+    def flip_test(self, images: Tensor, *poses: Tensor) -> Tensor:
+        """The mean of the pose [B, J, 3] of images and that of the mirrored images, mirrored back (arguments as
+        `forward`)."""
+        straight = self(images, *poses)
+        mirrored = self(images.flip(3), *self.lifter.flip_inputs(*poses))
+        final = [out if isinstance(out, Tensor) else out.pose_3d for out in (straight, mirrored)]
+        return (final[0] + self.lifter.flip_output(final[1])) / 2
+
+    def train(self, mode: bool = True) -> Pipeline:
+        """Training mode, but for an encoder that the lifter wants frozen: it stays in evaluation mode."""
+        super().train(mode)
+        if self.lifter.encoder_is_frozen:
+            self.encoder.eval()
+        return self
 
     def optimize(self, images: Tensor, *, dtype: torch.dtype | None = None, compile: bool = False) -> Pipeline:
         """A copy for inference whose encoder runs in the fastest way found by a few timed calls on this machine.
@@ -69,7 +93,7 @@ class Pipeline(nn.Module):
             raise ValueError("Pipeline.optimize: pipeline must be in evaluation mode, got training mode; call eval()")
         if self.report is not None:
             raise ValueError("Pipeline.optimize: pipeline must not be optimised yet, got one that optimize() made")
-        encoder, report = optimize_encoder(self.encoder, images, dtype=dtype, compile=compile)
+        encoder, report = optimize_encoder(self.encoder, images, self.lifter.reads, dtype=dtype, compile=compile)
         optimised = Pipeline(encoder, copy.deepcopy(self.lifter).requires_grad_(False)).eval()
         optimised.report = report
         return optimised

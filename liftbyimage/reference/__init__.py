@@ -1,5 +1,6 @@
 """The same systems written plainly in PyTorch, without this library's kernels: what every speed figure is against."""
 
+from liftbyimage.reference.context_aware_poseformer import ReferenceContextAwarePoseFormer
 from liftbyimage.reference.lift_by_image import ReferenceLiftByImage
 
-__all__ = ["ReferenceLiftByImage"]
+__all__ = ["ReferenceContextAwarePoseFormer", "ReferenceLiftByImage"]

@@ -1,0 +1,75 @@
+"""The pre-norm transformer block of Context-Aware PoseFormer, over few tokens, with the published parameter names."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from liftbyimage.nn.attention import check_heads
+from liftbyimage.ops import residual_attention, residual_feed_forward
+
+PUBLISHED_EPS = 1e-6  # of these blocks' layer norms; elsewhere PyTorch's 1e-5
+
+
+class Projections(nn.Module):
+    """Weights of a multi-head self-attention: query, key and value in one, and the output."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+
+class Mlp(nn.Module):
+    """Weights of a feed-forward, `mlp_ratio` times as wide inside."""
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
+        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+
+
+def feed_forward(tokens: Tensor, norm: nn.LayerNorm, mlp: Mlp, branch_scale: Tensor | None) -> Tensor:
+    """tokens [B, T, D] + branch_scale · mlp(norm(tokens))"""
+    weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    return residual_feed_forward(tokens, norm.weight, norm.bias, *weights, branch_scale, eps=norm.eps)
+
+
+def draw_branch_scale(tokens: Tensor, drop_path: float) -> Tensor | None:
+    """Stochastic depth: for each row of the batch 0 with probability `drop_path`, else 1 / (1 − drop_path); [B]."""
+    if drop_path == 0:
+        return None
+    keep = 1 - drop_path
+    return tokens.new_empty(tokens.shape[0]).bernoulli_(keep) / keep
+
+
+class TokenBlock(nn.Module):
+    """tokens + attention(norm1(tokens)), then the same with a feed-forward, on two fused ops.
+
+    Its numbers equal torch.nn.TransformerEncoderLayer(dim, heads, mlp_ratio · dim, dropout=0, activation="gelu",
+    norm_first=True, batch_first=True, layer_norm_eps=1e-6) with the same weights.
+
+    Args:
+        dim: token width D, a multiple of `heads`.
+        drop_path: in training, the probability with which a row of the batch skips a branch (each drawn anew).
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 2.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.heads, self.drop_path = heads, drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=PUBLISHED_EPS)
+        self.attn = Projections(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=PUBLISHED_EPS)
+        self.mlp = Mlp(dim, mlp_ratio)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T, D] → [B, T, D]"""
+        drop_path = self.drop_path if self.training else 0.0
+        attn, norm = self.attn, self.norm1
+        weights = (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
+        scale = draw_branch_scale(tokens, drop_path)
+        tokens = residual_attention(tokens, norm.weight, norm.bias, *weights, scale, heads=self.heads, eps=norm.eps)
+        return feed_forward(tokens, self.norm2, self.mlp, draw_branch_scale(tokens, drop_path))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, drop_path={self.drop_path:g}"
