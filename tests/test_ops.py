@@ -887,3 +887,34 @@ def test_gelu_of_extreme_values(dtype):
         torch.testing.assert_close(
             result[0, 0, 0].double(), expected, rtol=1e-5 if dtype.itemsize > 2 else 1e-2, atol=2e-6
         )
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("residual_context")])
+def test_residual_context_is_half_a_published_block(backend):
+    """Without its feed-forward, which adds zero, and with the published order of projection and sum."""
+    from liftbyimage.reference.context_aware_poseformer import ContextBlock
+
+    case = Case("block", D=32, H=4, S=3)
+    inputs = make_inputs("residual_context", case, torch.float32, device_of(backend))
+    require("residual_context", backend, inputs)
+    channels = [sizes[0] for sizes in case.maps]
+    block = ContextBlock(case.D, channels, case.H, case.S, mlp_ratio=2, drop_path=0.0).to(inputs["tokens"].device)
+    torch.nn.init.zeros_(block.mlp.fc2.weight)
+    torch.nn.init.zeros_(block.mlp.fc2.bias)
+    norm, weights, offsets, embeds = block.norm1, block.attention_weights, block.sampling_offsets, block.embed_proj
+    parameters = {"norm_weight": norm.weight, "norm_bias": norm.bias}
+    parameters |= {"weights_weight": weights.weight, "weights_bias": weights.bias}
+    parameters |= {"offsets_weight": offsets.weight, "offsets_bias": offsets.bias}
+    parameters["embed_weights"] = [embed.weight for embed in embeds]
+    parameters["embed_biases"] = [embed.bias for embed in embeds]
+    result = ops.residual_context(**inputs | parameters, backend=backend)
+    everything = torch.cat([inputs["pose"][:, None], inputs["tokens"]], dim=1)
+    expected = block(everything, inputs["reference"], inputs["feature_maps"])[:, 1:]
+    torch.testing.assert_close(result, expected)
+    learned = list(named_tensors(parameters).values())
+    for actual, wanted in zip(
+        torch.autograd.grad(result.square().sum(), learned),
+        torch.autograd.grad(expected.square().sum(), learned),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
