@@ -236,12 +236,11 @@ void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, const S* 
   const int64_t chunk = ((inner + chunks - 1) / chunks + unit - 1) / unit * unit;
   const int64_t strip_blocks = std::max<int64_t>(1, strip_bytes / (block_rows * chunk * item));
   const int64_t strip_rows = std::min(most_strip_rows, strip_blocks * block_rows);
-  const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
   T tile[most_strip_rows][panel_columns];
 
-  // A strip's rows by the columns [first, first + C), and [begin, end) of the inner axis.
+  // A strip's rows by C columns and [begin, end) of the inner axis; the rows from `asking` on ask for the next panel.
   const auto multiply_strip = [&](int64_t strip, int64_t end_row, int64_t first, int64_t column, auto columns_of_block,
-                                  int64_t begin, int64_t end) {
+                                  int64_t begin, int64_t end, int64_t asking) {
     constexpr int C = decltype(columns_of_block)::value;
     for (int64_t row = strip; row < end_row; row += block_rows) {
       const auto block = [&](auto rows_of_block, auto fetch) {
@@ -255,8 +254,7 @@ void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, const S* 
             });
       };
       with_rows(end_row - row, [&](auto rows_of_block) {
-        // Each block of rows asks for its share of the next panel.
-        if (C > 1 && column / block_columns % row_blocks == row / block_rows) {
+        if (C > 1 && row == asking) {
           block(rows_of_block, std::true_type());
         } else {
           block(rows_of_block, std::false_type());
@@ -270,12 +268,14 @@ void multiply_transposed(int64_t rows, int64_t columns, int64_t inner, const S* 
       const int64_t end_row = std::min(rows, strip + strip_rows);
       for (int64_t begin = 0; begin == 0 || begin < inner; begin += chunk) {
         const int64_t end = std::min(inner, begin + chunk);
-        int64_t column = 0;
+        int64_t column = 0, asking = 0;
         for (; column + block_columns <= width; column += block_columns) {
-          multiply_strip(strip, end_row, first, column, std::integral_constant<int, block_columns>(), begin, end);
+          multiply_strip(strip, end_row, first, column, std::integral_constant<int, block_columns>(), begin, end,
+                         asking);
+          asking = asking + block_rows < rows ? asking + block_rows : 0;  // blocks of rows take turns
         }
         for (; column < width; ++column) {
-          multiply_strip(strip, end_row, first, column, std::integral_constant<int, 1>(), begin, end);
+          multiply_strip(strip, end_row, first, column, std::integral_constant<int, 1>(), begin, end, asking);
         }
       }
       for (int64_t row = strip; row < end_row; ++row) {
