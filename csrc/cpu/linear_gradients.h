@@ -42,10 +42,9 @@ template <typename T, typename F>
 void tiled_product(Transpose transpose_a, Transpose transpose_b, int64_t m, int64_t n, int64_t k, const T* a,
                    int64_t lda, const T* b, int64_t ldb, bool add, T* c, int64_t ldc, const F& finish) {
   const int64_t line = 64 / sizeof(T);  // operands of a tile stay aligned
-  const int64_t most_rows = std::clamp(divide_up(m, 4), least_tile_rows, most_tile_rows);
+  const int64_t columns = line * divide_up(even_piece(n, most_tile_columns), line), across = divide_up(n, columns);
+  const int64_t most_rows = std::clamp(m * across / 4, least_tile_rows, most_tile_rows);
   const int64_t rows = line * divide_up(even_piece(m, most_rows), line);
-  const int64_t columns = line * divide_up(even_piece(n, most_tile_columns), line);
-  const int64_t across = divide_up(n, columns);
   parallel_tasks(divide_up(m, rows) * across, 1, [&](int64_t task) {
     const int64_t row = task / across * rows, column = task % across * columns;
     const int64_t height = std::min(rows, m - row), width = std::min(columns, n - column);
