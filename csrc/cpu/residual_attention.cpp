@@ -42,30 +42,24 @@ class ResidualAttention {
   void run(int64_t first, int64_t size) const {
     const int64_t rows = size * branch.count, width = branch.width;
     const Buffer<S> operands = uninitialized<S>(rows * 2 * width);
-    S* normalized = operands.get();             // [rows, D]
-    S* attended = normalized + rows * width;    // [rows, D]
+    S* normalized = operands.get();           // [rows, D]
+    S* attended = normalized + rows * width;  // [rows, D]
     const Buffer<T> scratch = uninitialized<T>(keeps_in_place() ? 0 : rows * 3 * width);
     branch.normalize(first, rows, normalized);
-    for_columns(heads, heads_together(), [&](int64_t head, int64_t count) {
-      project(first, rows, head, count, normalized, scratch.get());
-      attend(first, size, head, count, scratch.get(), attended);
+    for_columns(3 * width, task_columns, [&](int64_t column, int64_t columns) {
+      project(first, rows, column, columns, normalized, scratch.get());
+    });
+    for_head_groups(size, branch.count, heads, width / heads, [&](int64_t sample, int64_t head, int64_t count) {
+      attend(projected_of(first, sample, scratch.get()), head, count, attended + sample * branch.count * width);
     });
     for_columns(width, task_columns, [&](int64_t column, int64_t columns) {
-      for_linear(out_proj, column, columns, attended, rows, [&](int64_t row, int64_t at, const T* y, int64_t count) {
+      for_linear(out_proj, column, columns, attended, rows, [&](int64_t row, int64_t at, T* y, int64_t count) {
         branch.add(first, row, at, y, count);
       });
     });
   }
 
  private:
-  int64_t head_width() const { return branch.width / heads; }
-
-  // A thread with a group of its own takes as many heads at once as serve the attention best.
-  int64_t heads_together() const {
-    const int64_t most = at::in_parallel_region() ? most_queries / branch.count : 1;
-    return std::max(heads_per_task(head_width()), most);
-  }
-
   bool keeps_in_place() const { return std::is_same_v<S, T> && projected_out != nullptr; }
 
   // The packed projection [T, 3D] of a sample: where it is kept, or [samples, T, 3D] of the group in `scratch`.
@@ -79,37 +73,32 @@ class ResidualAttention {
     return scratch + sample * size;
   }
 
-  // Query, key and value of heads [head, head + count).
-  void project(int64_t first, int64_t rows, int64_t head, int64_t count, const S* normalized, T* scratch) const {
-    const int64_t E = head_width(), width = branch.width;
-    for (int64_t part = 0; part < 3; ++part) {
-      for_linear(in_proj, part * width + head * E, count * E, normalized, rows,
-                 [&](int64_t row, int64_t column, const T* y, int64_t size) {
-                   const int64_t at = row % branch.count * 3 * width + column;
-                   std::copy_n(y, size, projected_of(first, row / branch.count, scratch) + at);
-                   if (!keeps_in_place() && projected_out != nullptr) {
-                     at::vec::convert(y, projected_out + branch.token_of(first, row) * 3 * width + column, size);
-                   }
-                 });
-    }
+  // Some columns of query, key and value.
+  void project(int64_t first, int64_t rows, int64_t column, int64_t columns, const S* normalized, T* scratch) const {
+    const int64_t stride = 3 * branch.width;
+    for_linear(in_proj, column, columns, normalized, rows, [&](int64_t row, int64_t at, const T* y, int64_t size) {
+      const int64_t token = row % branch.count;
+      std::copy_n(y, size, projected_of(first, row / branch.count, scratch) + token * stride + at);
+      if (!keeps_in_place() && projected_out != nullptr) {
+        at::vec::convert(y, projected_out + branch.token_of(first, row) * stride + at, size);
+      }
+    });
   }
 
-  void attend(int64_t first, int64_t samples, int64_t head, int64_t count, T* projected, S* attended) const {
-    const int64_t E = head_width(), width = branch.width, tokens = branch.count, columns = count * E;
+  // Heads [head, head + count) of one sample: projected [T, 3D], attended [T, D].
+  void attend(const T* projected, int64_t head, int64_t count, S* attended) const {
+    const int64_t width = branch.width, tokens = branch.count, E = width / heads, columns = count * E;
     const TokenAttention<T> attention{tokens, count, E, softmax_scale<T>(E)};
-    constexpr bool in_place = std::is_same_v<S, T>;
+    const PackedTokens<T> in = packed_tokens<T>(projected + head * E, width);
     const int64_t size = attention.scratch_size();
-    const Buffer<T> scratch = uninitialized<T>(size + (in_place ? 0 : tokens * columns));
-    for (int64_t sample = 0; sample < samples; ++sample) {
-      const PackedTokens<T> in = packed_tokens<T>(projected_of(first, sample, projected) + head * E, width);
-      S* target = attended + sample * tokens * width + head * E;
-      if constexpr (in_place) {
-        attention.forward(in, scratch.get(), target, width);
-      } else {
-        attention.forward(in, scratch.get(), scratch.get() + size, columns);
-        for (int64_t token = 0; token < tokens; ++token) {
-          at::vec::convert(scratch.get() + size + token * columns, target + token * width, columns);
-        }
+    if constexpr (std::is_same_v<S, T>) {
+      const Buffer<T> scratch = uninitialized<T>(size);
+      attention.forward(in, scratch.get(), attended + head * E, width);
+    } else {
+      const Buffer<T> scratch = uninitialized<T>(size + tokens * columns);
+      attention.forward(in, scratch.get(), scratch.get() + size, columns);
+      for (int64_t token = 0; token < tokens; ++token) {
+        at::vec::convert(scratch.get() + size + token * columns, attended + token * width + head * E, columns);
       }
     }
   }
@@ -237,6 +226,9 @@ Tensor3 residual_attention_forward(const at::Tensor& tokens_in, const at::Tensor
       updated.copy_(tokens);
     }
     const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<T>(); };
+    const S* in_weight = in_proj_weight.const_data_ptr<S>();
+    const S* out_weight = out_proj_weight.const_data_ptr<S>();
+    const Buffer<S> in_panels = pack(in_weight, 3 * width, width), out_panels = pack(out_weight, width, width);
     const ResidualAttention<S, T> kernel{{count,
                                           width,
                                           {data(norm_weight), data(norm_bias), width, static_cast<T>(eps)},
@@ -245,8 +237,8 @@ Tensor3 residual_attention_forward(const at::Tensor& tokens_in, const at::Tensor
                                           updated.mutable_data_ptr<S>(),
                                           keep ? statistics.mutable_data_ptr<T>() : nullptr},
                                          heads,
-                                         {in_proj_weight.const_data_ptr<S>(), data(in_proj_bias), width},
-                                         {out_proj_weight.const_data_ptr<S>(), data(out_proj_bias), width},
+                                         {in_weight, data(in_proj_bias), width, in_panels.get()},
+                                         {out_weight, data(out_proj_bias), width, out_panels.get()},
                                          keep ? projected.mutable_data_ptr<S>() : nullptr};
     for_groups(kept.size(), count, [&](int64_t first, int64_t size) { kernel.run(first, size); });
   });

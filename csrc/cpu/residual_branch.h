@@ -28,32 +28,40 @@ struct ResidualBranch {
 
   void normalize(int64_t first, int64_t rows, S* normalized) const {
     constexpr int64_t grain = 24;  // a row takes about 0.1 µs, waking a thread a few
-    parallel_tasks(rows, grain, [&](int64_t row) {
-      const int64_t token = token_of(first, row);
-      const S* source = tokens + token * width;
-      S* target = normalized + row * width;
-      RowStatistics<T> found;
-      if constexpr (std::is_same_v<S, T>) {
-        found = normalize_row(norm, source, target);
-      } else {
-        const Buffer<T> wide = uninitialized<T>(width);
-        at::vec::convert(source, wide.get(), width);
-        found = normalize_row(norm, wide.get(), wide.get());
-        at::vec::convert(wide.get(), target, width);
-      }
-      if (statistics != nullptr) {
-        statistics[2 * token] = found.mean;
-        statistics[2 * token + 1] = found.reciprocal_deviation;
+    for_columns(rows, grain, [&](int64_t begin, int64_t size) {
+      const Buffer<T> wide = std::is_same_v<S, T> ? nullptr : uninitialized<T>(width);
+      for (int64_t row = begin; row < begin + size; ++row) {
+        const int64_t token = token_of(first, row);
+        const RowStatistics<T> found = normalize_token(tokens + token * width, normalized + row * width, wide.get());
+        if (statistics != nullptr) {
+          statistics[2 * token] = found.mean;
+          statistics[2 * token + 1] = found.reciprocal_deviation;
+        }
       }
     });
   }
 
-  // `size` columns of a row of the branch join the residual.
-  void add(int64_t first, int64_t row, int64_t column, const T* branch, int64_t size) const {
+  // `size` columns of a row of the branch, which are overwritten, join the residual.
+  void add(int64_t first, int64_t row, int64_t column, T* y, int64_t size) const {
     const int64_t at = token_of(first, row) * width + column;
     const T scale = kept.scales[first + row / count];
+    T residual[panel_columns];
+    at::vec::convert(tokens + at, residual, size);
     for (int64_t c = 0; c < size; ++c) {
-      updated[at + c] = static_cast<S>(static_cast<T>(tokens[at + c]) + scale * branch[c]);
+      y[c] = residual[c] + scale * y[c];
+    }
+    at::vec::convert(y, updated + at, size);
+  }
+
+ private:
+  RowStatistics<T> normalize_token(const S* token, S* target, T* wide) const {
+    if constexpr (std::is_same_v<S, T>) {
+      return normalize_row(norm, token, target);
+    } else {
+      at::vec::convert(token, wide, width);
+      const RowStatistics<T> found = normalize_row(norm, wide, wide);
+      at::vec::convert(wide, target, width);
+      return found;
     }
   }
 };
