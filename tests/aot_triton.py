@@ -105,6 +105,30 @@ def prune_calls(dtype: torch.dtype, width: int, num_patches: int) -> dict[str, A
     }
 
 
+def context_calls(dtype: torch.dtype, channels: tuple[int, ...], channels_last: bool) -> dict[str, Any]:
+    """Forward and backward at B 2, J 17, H 4, S 4 over the maps of an HRNet that sees 256 × 192 pixels."""
+    from aot_kernels import sample_context
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    maps = [new(2, width, 64 >> i, 48 >> i).to(memory_format=memory) for i, width in enumerate(channels)]
+    levels = len(channels)
+    places = (new(2, 17, 2), new(2, levels, 17, 4, 4, 2), new(2, levels, 17, 4, 4))
+    grads = [new(2, 17, 4, width) for width in channels]
+    wanted = [True] * levels
+    return {
+        "sample_context.forward": lambda: sample_context.forward(maps, *places, False),
+        "sample_context.backward": lambda: sample_context.backward(
+            grads, maps, *places, False, True, True, wanted
+        ),
+        "sample_context.backward (zeros)": lambda: sample_context.backward(
+            grads, maps, *places, True, True, False, wanted[:-1] + [False]
+        ),
+    }  # fmt: skip
+
+
 def configurations() -> list[tuple[str, dict[str, Any]]]:
     """What is compiled: the default absorbed and factored widths, separate tensors, the widest, and both dtypes."""
     half, single = torch.bfloat16, torch.float32
@@ -120,26 +144,39 @@ def configurations() -> list[tuple[str, dict[str, Any]]]:
         ("fp32 width 48 shared", attention_calls(single, 48, 1, True)),
         ("bf16 prune 3072", prune_calls(half, 256, 3072)),
         ("fp32 prune 20000", prune_calls(single, 48, 20000)),
+        ("bf16 context channels-last", context_calls(half, (32, 64, 128, 256), True)),
+        ("fp32 context channels-last", context_calls(single, (32, 64, 128, 256), True)),
+        ("fp32 context contiguous", context_calls(single, (48, 96, 192, 384), False)),
     ]
 
 
 def specialise(
     kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Signature, constants and attributes as Triton derives them at launch (tensors aligned to 16 bytes)."""
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     values.update({name: value for name, value in keywords.items() if name in kernel.arg_names})
     signature, constants, attributes = {}, {}, {}
+
+    def type_of(value: Any, place: tuple[int, ...], specialised: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(part, (*place, i), specialised) for i, part in enumerate(value))
+        if value is None or (specialised and isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return "*" + TYPES[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
+
     for position, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None:
+        if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
+            constants[(position,)] = value
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = type_of(value, (position,), not parameter.do_not_specialize)
     return signature, constants, attributes
 
 
