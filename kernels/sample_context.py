@@ -32,7 +32,7 @@ from ._common import COMPILER, on_device, padded
 
 FAR_OUTSIDE = tl.constexpr(4.0)  # grid units: with zero padding nothing can be read from there on
 GATHER_BYTES = 1024  # of a tile of `gather` and `places`: 16 bytes in each of 64 threads
-SCATTER_ELEMENTS = 4096  # of a tile of `scatter`: 32 float32 sums in each of 128 threads
+SCATTER_ELEMENTS = 4096  # of a tile of `scatter`: 16 float32 sums in each of 256 threads
 
 
 @triton.jit
@@ -378,6 +378,6 @@ def backward(
                 tuple(grads[level] for level in wanted), maps, tuple(tuple(grad_map.shape[2:]) for grad_map in maps),
                 first, *places, joints, levels, first[-1],
                 LEVELS=wanted, CHANNELS=tuple(channels[level] for level in wanted),
-                BLOCK_P=pixels, BLOCK_C=columns, num_warps=4, **shared,
+                BLOCK_P=pixels, BLOCK_C=columns, num_warps=8, **shared,
             )  # fmt: skip
     return grad_offsets, grad_weights, grad_maps
