@@ -129,6 +129,17 @@ def context_calls(dtype: torch.dtype, channels: tuple[int, ...], channels_last: 
     }  # fmt: skip
 
 
+def token_calls(dtype: torch.dtype, tokens: int, heads: int, width: int) -> dict[str, Any]:
+    from aot_kernels import attend_tokens
+
+    packed = torch.empty(2, tokens, 3 * heads * width, dtype=dtype, device="meta")
+    grad = torch.empty(2, tokens, heads * width, dtype=dtype, device="meta")
+    return {
+        "attend_tokens.forward": lambda: attend_tokens.forward(packed, heads, 0.25),
+        "attend_tokens.backward": lambda: attend_tokens.backward(grad, packed, heads, 0.25),
+    }
+
+
 def configurations() -> list[tuple[str, dict[str, Any]]]:
     """What is compiled: the default absorbed and factored widths, separate tensors, the widest, and both dtypes."""
     half, single = torch.bfloat16, torch.float32
@@ -147,6 +158,12 @@ def configurations() -> list[tuple[str, dict[str, Any]]]:
         ("bf16 context channels-last", context_calls(half, (32, 64, 128, 256), True)),
         ("fp32 context channels-last", context_calls(single, (32, 64, 128, 256), True)),
         ("fp32 context contiguous", context_calls(single, (48, 96, 192, 384), False)),
+        ("bf16 tokens 5 × 16", token_calls(half, 5, 8, 16)),
+        ("bf16 tokens 17 × 80", token_calls(half, 17, 8, 80)),
+        ("bf16 tokens 64 × 128", token_calls(half, 64, 8, 128)),
+        ("fp32 tokens 5 × 16", token_calls(single, 5, 8, 16)),
+        ("fp32 tokens 17 × 80", token_calls(single, 17, 8, 80)),
+        ("fp32 tokens 64 × 128", token_calls(single, 64, 8, 128)),
     ]
 
 

@@ -105,26 +105,38 @@ def why_not_cpu_but_half(*tensors: Tensor) -> str | None:
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
+    return why_not_triton_of_any_width(*tensors) or _too_wide(*tensors)
+
+
+def why_not_triton_of_any_width(*tensors: Tensor) -> str | None:
     missing = triton_missing()
     if missing is not None:
         return missing
     if tensors[0].device.type != "cuda" and not triton_interprets():
         return f"serves CUDA tensors (or any with TRITON_INTERPRET=1), got {tensors[0].device.type}"
-    return _gpu_dtype_or_width(*tensors)
+    return _gpu_dtype(*tensors)
 
 
 def why_not_cuda(*tensors: Tensor) -> str | None:
+    return why_not_cuda_of_any_width(*tensors) or _too_wide(*tensors)
+
+
+def why_not_cuda_of_any_width(*tensors: Tensor) -> str | None:
     if _extension.CUDA_MISSING is not None:
         return _extension.CUDA_MISSING
     if tensors[0].device.type != "cuda":
         return f"serves CUDA tensors, got {tensors[0].device.type}"
-    return _gpu_dtype_or_width(*tensors)
+    return _gpu_dtype(*tensors)
 
 
-def _gpu_dtype_or_width(*tensors: Tensor) -> str | None:
+def _gpu_dtype(*tensors: Tensor) -> str | None:
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "serves float32, float16 and bfloat16, got float64"
+    return None
+
+
+def _too_wide(*tensors: Tensor) -> str | None:
     for tensor in tensors:
-        if tensor.dtype == torch.float64:
-            return "serves float32, float16 and bfloat16, got float64"
         if tensor.dim() > 2 and tensor.shape[-1] > NATIVE_WIDTH_LIMIT:
             return f"serves widths up to {NATIVE_WIDTH_LIMIT}, got {tensor.shape[-1]}"
     return None

@@ -27,10 +27,13 @@ from liftbyimage.ops._dispatch import (
     never,
     no_autocast,
     select,
+    triton_op,
     why_not_cpu,
+    why_not_triton_of_any_width,
 )
 
 OP = "attend_tokens"
+TRITON_TOKEN_LIMIT = 64  # one program holds a head's whole attention
 
 
 def _check(query_key_value: Tensor, *, heads: int) -> None:
@@ -50,6 +53,10 @@ def reference(query_key_value: Tensor, *, heads: int, scale: float | None = None
     return attended
 
 
+_FORWARD_SCHEMA = "(Tensor query_key_value, int heads, float scale) -> Tensor"
+_BACKWARD_SCHEMA = "(Tensor grad, Tensor query_key_value, int heads, float scale) -> Tensor"
+
+
 def _fake_forward(query_key_value: Tensor, heads: int, scale: float) -> Tensor:
     batch, tokens, packed = query_key_value.shape
     return query_key_value.new_empty(batch, tokens, packed // 3)
@@ -61,6 +68,8 @@ def _fake_backward(grad: Tensor, query_key_value: Tensor, heads: int, scale: flo
 
 _native_forward = native_op(f"{OP}_forward", _fake_forward)
 _native_backward = native_op(f"{OP}_backward", _fake_backward)
+_triton_forward = triton_op(f"{OP}_forward", _FORWARD_SCHEMA, _fake_forward)
+_triton_backward = triton_op(f"{OP}_backward", _BACKWARD_SCHEMA, _fake_backward)
 
 
 def _forward_flops(query_key_value: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -74,11 +83,20 @@ def _backward_flops(grad: Any, query_key_value: Any, *rest: Any, out_shape: Any 
     return 5 * _forward_flops(query_key_value) // 2
 
 
-count_flops((_native_forward,), _forward_flops)
-count_flops((_native_backward,), _backward_flops)
+count_flops((_native_forward, _triton_forward), _forward_flops)
+count_flops((_native_backward, _triton_backward), _backward_flops)
+
+
+def _why_not_triton(query_key_value: Tensor) -> str | None:
+    reason = why_not_triton_of_any_width(query_key_value)
+    if reason is None and query_key_value.shape[1] > TRITON_TOKEN_LIMIT:
+        return f"serves up to {TRITON_TOKEN_LIMIT} tokens, got {query_key_value.shape[1]}"
+    return reason
+
 
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
+    Backend("triton", _why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -118,7 +136,7 @@ def attend_tokens(
             each with its heads side by side.
         heads: H, a divisor of D.
         scale: factor on the scores before the softmax; (D / H) ** -0.5 if None.
-        backend: "cpu" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
+        backend: "cpu", "triton" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         [B, T, D] in the input dtype, heads side by side, differentiable; the backward pass repeats the softmax from the

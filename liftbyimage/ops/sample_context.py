@@ -38,7 +38,10 @@ from liftbyimage.ops._dispatch import (
     never,
     no_autocast,
     select,
+    triton_op,
     why_not_cpu,
+    why_not_cuda_of_any_width,
+    why_not_triton_of_any_width,
 )
 
 OP = "sample_context"
@@ -140,6 +143,8 @@ def channels_last(feature_map: Tensor) -> Tensor:
 
 _native_forward = native_op(f"{OP}_forward", _fake_forward)
 _native_backward = native_op(f"{OP}_backward", _fake_backward)
+_triton_forward = triton_op(f"{OP}_forward", _FORWARD_SCHEMA, _fake_forward)
+_triton_backward = triton_op(f"{OP}_backward", _BACKWARD_SCHEMA, _fake_backward)
 
 
 def _flops(feature_maps: Any, offsets: Any) -> int:
@@ -172,11 +177,15 @@ def _backward_flops(
     return (need_places or need_weights) * _flops(feature_maps, offsets) + _flops(wanted, offsets)
 
 
-count_flops((_native_forward,), _forward_flops)
-count_flops((_native_backward,), _backward_flops)
+count_flops((_native_forward, _triton_forward), _forward_flops)
+count_flops((_native_backward, _triton_backward), _backward_flops)
 
+# CUDA stands behind Triton until a run on a GPU shows it ahead: it is so far verified by emulation and compilation
+# only.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
+    Backend("triton", why_not_triton_of_any_width, _triton_forward, _triton_backward, batch_independent=True),
+    Backend("cuda", why_not_cuda_of_any_width, _native_forward, _native_backward, batch_independent=True),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -235,7 +244,7 @@ def sample_context(
             has its dtype and device.
         weights: [B, L, J, H, S], of the samples; they need not sum to 1.
         padding: "border" or "zeros", what a place outside the map reads.
-        backend: "cpu" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         L contexts [B, J, H, C_l] in the input dtype, differentiable with respect to reference, offsets and weights, and
