@@ -17,6 +17,7 @@ ARCHITECTURES = ["sm_80", "sm_90a"]
 KERNELS = {
     "pose_guided_attention": 5 * 3,  # five kernels, three element types
     "prune_patches": 3 + 1,  # selection for three types of importance; the scatter moves bytes
+    "sample_context": 3 * 3,  # three kernels, three element types
 }
 MAX_REGISTERS = 168  # three blocks of 128 threads per multiprocessor
 OPS = [f"{op}_{direction}" for op in KERNELS for direction in ("forward", "backward")]

@@ -16,7 +16,7 @@ from cuda_emulation import emulated
 from liftbyimage import ops
 from liftbyimage._extension import CPU_MISSING
 from liftbyimage.ops._dispatch import Backend
-from liftbyimage.testing import CASES, Case, check_against_float64, make_inputs
+from liftbyimage.testing import CASES, Case, check_against_float64, differentiable, make_inputs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation")
 
@@ -30,6 +30,7 @@ def kernels(tmp_path_factory):
     return {
         "pose_guided_attention": emulated.PoseGuidedAttention(library),
         "prune_patches": emulated.PrunePatches(library),
+        "sample_context": emulated.SampleContext(library),
     }
 
 
@@ -171,6 +172,85 @@ def test_result_is_the_same_bit_for_bit_in_any_order_of_threads_and_beside_any_o
         assert torch.equal(bits(first[:1]), bits(single))
 
 
+@pytest.mark.parametrize("case", CASES["sample_context"], ids=str)
+def test_context_agrees_with_float64(case):
+    check_against_float64("sample_context", make_inputs("sample_context", case, torch.float32), torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_context_agrees_with_float64_in_half_precision(dtype, channels_last):
+    """Units of eight channels, and single ones where there are nine or they lie apart."""
+    case = Case("", J=3, S=2, maps=((16, 5, 4), (9, 3, 3)), channels_last=channels_last)
+    check_against_float64("sample_context", make_inputs("sample_context", case, dtype), dtype, "cuda")
+
+
+def test_context_of_misaligned_channels():
+    """A map and a gradient that begin 4 bytes after a multiple of 16 are read one channel at a time."""
+    case = Case("", J=3, maps=((16, 5, 4),), channels_last=True)
+    inputs = make_inputs("sample_context", case, torch.float32)
+    memory = torch.zeros(2 * 5 * 4 * 16 + 1)[1:].unflatten(0, (2, 5, 4, 16))
+    memory.copy_(inputs["feature_maps"][0].permute(0, 2, 3, 1))
+    check_against_float64(
+        "sample_context", {**inputs, "feature_maps": [memory.permute(0, 3, 1, 2)]}, torch.float32, "cuda"
+    )
+
+
+def test_context_of_more_places_than_threads():
+    """272 places per level: more than one list of those that reach a block's lines."""
+    case = Case("", B=1, maps=((5, 3, 4), (32, 16, 12)), channels_last=True)
+    check_against_float64("sample_context", make_inputs("sample_context", case, torch.float32), torch.float32, "cuda")
+
+
+def context_arguments(case, dtype=torch.float32):
+    inputs = make_inputs("sample_context", case, dtype)
+    tensors = [inputs[name] for name in ("feature_maps", "reference", "offsets", "weights")]
+    return tensors, inputs["padding"] == "zeros"
+
+
+def test_context_does_not_depend_on_the_order_of_threads_or_the_batch(kernels):
+    kernel = kernels["sample_context"]
+    tensors, zeros = context_arguments(Case("", B=2, maps=((32, 7, 5), (7, 3, 2)), channels_last=True))
+
+    def everything(maps, *places):
+        contexts = kernel.forward(maps, *places, zeros)
+        grads = [context.flip(3) for context in contexts]
+        offsets, weights, grad_maps = kernel.backward(grads, maps, *places, zeros, True, True, [True, True])
+        return [*contexts, offsets, weights, *grad_maps]
+
+    ascending = everything(*tensors)
+    kernel.library.set_descending(1)
+    descending = everything(*tensors)
+    kernel.library.set_descending(0)
+    alone = everything([values[1:] for values in tensors[0]], *(values[1:] for values in tensors[1:]))
+    for first, second, single in zip(ascending, descending, alone, strict=True):
+        assert torch.equal(bits(first), bits(second))
+        assert torch.equal(bits(first[1:]), bits(single))
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_context_of_places_that_are_no_numbers(padding):
+    """Forward and gradients are the reference's, NaN included; an infinite gradient stays where its place is."""
+    inputs = make_inputs("sample_context", Case("", J=3, maps=((8, 5, 4), (3, 1, 6))), torch.float32)
+    offsets = inputs["offsets"]
+    offsets[0, 0, 1, 2, 3, 0] = torch.nan
+    offsets[1, 1, 2, 0, 1, 1] = torch.nan
+    offsets[0, 1, 0, 0, 0] = torch.tensor([torch.inf, -torch.inf])
+    offsets[1, 0, 0, 0, 0] = torch.tensor([-torch.inf, 1e30])
+
+    def everything(backend):
+        leaves = differentiable({**inputs, "padding": padding}, torch.float32)
+        contexts = ops.sample_context(**leaves, backend=backend)
+        tensors = [*leaves["feature_maps"], leaves["reference"], leaves["offsets"], leaves["weights"]]
+        grads = torch.autograd.grad(contexts, tensors, [context.cos() for context in contexts], retain_graph=True)
+        infinite = torch.zeros_like(contexts[0])
+        infinite[1, 2, 1, 5] = torch.inf
+        return [*contexts, *grads, *torch.autograd.grad(contexts[0], leaves["feature_maps"][0], infinite)]
+
+    for mine, theirs in zip(everything("cuda"), everything("reference"), strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES["prune_patches"], ids=str)
 def test_prune_agrees_with_reference(case):
     check_prune(case)
@@ -251,6 +331,24 @@ def test_binding_hands_everything_to_the_prune_launchers(kernels, bindings, name
     assert equal([binding.backward(grad, index, case.P)], [kernel.backward(grad, index, case.P)])
 
 
+@pytest.mark.parametrize(
+    "wanted", [(True, True, True), (False, True, False), (True, False, True), (False, False, True)]
+)
+@pytest.mark.parametrize("name", ["five_levels", "one_joint", "one_pixel", "expanded", "empty_batch"])
+def test_binding_hands_everything_to_the_context_launchers(kernels, bindings, name, wanted):
+    kernel, binding = kernels["sample_context"], bindings["sample_context"]
+    (maps, *places), zeros = context_arguments(next(case for case in CASES["sample_context"] if case.name == name))
+    expected = kernel.forward(maps, *places, zeros)
+    assert equal(binding.forward(maps, *places, zeros), expected)
+    grads = [context.transpose(1, 2).contiguous().transpose(1, 2) for context in expected]
+    need_maps = [wanted[2] and level % 2 == 0 for level in range(len(maps))]
+    arguments = (grads, maps, *places, zeros, *wanted[:2], need_maps)
+    offsets, weights, grad_maps = binding.backward(*arguments)
+    expected_offsets, expected_weights, expected_maps = kernel.backward(*arguments)
+    assert equal((offsets, weights, *grad_maps), (expected_offsets, expected_weights, *expected_maps))
+    assert [grad.stride() for grad in grad_maps] == [grad.stride() for grad in expected_maps]
+
+
 def test_binding_refuses_what_would_be_read_out_of_bounds(bindings):
     attention, prune = bindings["pose_guided_attention"], bindings["prune_patches"]
     query, key, value, pose_value, patches = raw_arguments(Case(""))
@@ -275,3 +373,9 @@ def test_binding_refuses_what_would_be_read_out_of_bounds(bindings):
         prune.forward(patches, patches[..., 0], 49)
     with pytest.raises(RuntimeError, match="importance must have size 48 in dimension 1, got 47"):
         prune.forward(patches, patches[:, 1:, 0], 5)
+    context = bindings["sample_context"]
+    (maps, *places), _ = context_arguments(CASES["sample_context"][0])
+    with pytest.raises(RuntimeError, match="feature_maps and offsets must have one number of levels, at most 8, got 3"):
+        context.forward(maps[1:], *places, False)
+    with pytest.raises(RuntimeError, match="feature_maps must have size 2 in dimension 0, got 1"):
+        context.forward([values[1:] for values in maps], *places, False)

@@ -16,6 +16,7 @@
 #include "common.h"
 #include "pose_guided_attention.h"
 #include "prune_patches.h"
+#include "sample_context.h"
 
 // Weak: CPU-only torch has no such symbol, yet the module must load there. Not hidden, or the linker makes it null.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
@@ -27,6 +28,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
 using Sizes = std::vector<int64_t>;
 
 void check_launch(cudaError_t error, const char* op) {
@@ -276,6 +278,104 @@ Tensor prune_backward(Tensor grad_kept, Tensor index, int64_t num_patches) {
   return grad_patches;
 }
 
+// The tensors that both directions read, made fit for the kernels, and what the kernels are told about them.
+struct Context {
+  Tensors feature_maps;
+  Tensor reference, offsets, weights;
+  SampleContextInputs inputs{};
+  Sizes offsets_sizes, weights_sizes;
+  std::vector<Sizes> context_sizes;
+
+  Context(const Tensors& feature_maps_in, const Tensor& reference_in, const Tensor& offsets_in,
+          const Tensor& weights_in, bool zeros)
+      : feature_maps(feature_maps_in),
+        reference(torch::stable::contiguous(reference_in)),
+        offsets(torch::stable::contiguous(offsets_in)),
+        weights(torch::stable::contiguous(weights_in)) {
+    STD_TORCH_CHECK(offsets.dim() == 6, "offsets must have 6 dimensions, got ", offsets.dim());
+    const ScalarType dtype = offsets.scalar_type();
+    const int64_t batch = offsets.size(0), levels = offsets.size(1), joints = offsets.size(2);
+    const int64_t heads = offsets.size(3), samples = offsets.size(4);
+    weights_sizes = {batch, levels, joints, heads, samples};
+    offsets_sizes = {batch, levels, joints, heads, samples, 2};
+    STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels && static_cast<int64_t>(feature_maps.size()) == levels,
+                    "feature_maps and offsets must have one number of levels, at most ", kMaxLevels, ", got ",
+                    feature_maps.size(), " and ", levels);
+    STD_TORCH_CHECK(joints > 0 && heads > 0 && samples > 0, "joints, heads and samples must be at least 1");
+    STD_TORCH_CHECK(joints * heads * samples <= INT32_MAX && batch <= INT32_MAX, "batch and places must fit 32 bits");
+    check(offsets, offsets_sizes, dtype, offsets, "offsets");
+    check(reference, {batch, joints, 2}, dtype, offsets, "reference");
+    check(weights, weights_sizes, dtype, offsets, "weights");
+    inputs.dtype = dtype_of(offsets, "offsets");
+    inputs.batch = static_cast<int32_t>(batch);
+    inputs.levels = static_cast<int32_t>(levels);
+    inputs.joints = static_cast<int32_t>(joints);
+    inputs.heads = static_cast<int32_t>(heads);
+    inputs.samples = static_cast<int32_t>(samples);
+    inputs.zeros = zeros;
+    inputs.reference = reference.data_ptr();
+    inputs.offsets = offsets.data_ptr();
+    inputs.weights = weights.data_ptr();
+    inputs.stream = current_stream(offsets);
+    for (int64_t level = 0; level < levels; ++level) {
+      const Tensor& map = feature_maps[level];
+      STD_TORCH_CHECK(map.dim() == 4, "feature_maps must have 4 dimensions, got ", map.dim());
+      const int64_t channels = map.size(1), height = map.size(2), width = map.size(3);
+      check(map, {batch, channels, height, width}, dtype, offsets, "feature_maps");
+      STD_TORCH_CHECK(channels > 0 && height > 0 && width > 0 && channels * height * width <= INT32_MAX,
+                      "a feature map must have at least 1 and at most ", INT32_MAX, " elements per sample");
+      context_sizes.push_back({batch, joints, heads, channels});
+      inputs.level[level] = {map.data_ptr(),  map.stride(0), map.stride(1), map.stride(2), map.stride(3),
+                             static_cast<int32_t>(channels), static_cast<int32_t>(height), static_cast<int32_t>(width)};
+    }
+  }
+};
+
+Tensors context_forward(Tensors feature_maps, Tensor reference, Tensor offsets, Tensor weights, bool zeros) {
+  const torch::stable::accelerator::DeviceGuard guard(offsets.get_device_index());
+  const Context context(feature_maps, reference, offsets, weights, zeros);
+  SampleContextForward params{};
+  params.inputs = context.inputs;
+  Tensors contexts;
+  for (const Sizes& sizes : context.context_sizes) contexts.push_back(empty(offsets, sizes));
+  for (size_t level = 0; level < contexts.size(); ++level) params.contexts[level] = contexts[level].data_ptr();
+  check_launch(sample_context_forward(&params), "sample_context_forward");
+  return contexts;
+}
+
+std::tuple<Tensor, Tensor, Tensors> context_backward(Tensors grad_contexts, Tensors feature_maps, Tensor reference,
+                                                     Tensor offsets, Tensor weights, bool zeros, bool need_places,
+                                                     bool need_weights, std::vector<bool> need_maps) {
+  const torch::stable::accelerator::DeviceGuard guard(offsets.get_device_index());
+  const Context context(feature_maps, reference, offsets, weights, zeros);
+  const size_t levels = feature_maps.size();
+  STD_TORCH_CHECK(grad_contexts.size() == levels && need_maps.size() == levels,
+                  "grad_contexts and need_maps must have ", levels, " elements");
+  SampleContextBackward params{};
+  params.inputs = context.inputs;
+  const Sizes none = {0};
+  const Tensor grad_offsets = empty(offsets, need_places ? context.offsets_sizes : none);
+  const Tensor grad_weights = empty(offsets, need_weights ? context.weights_sizes : none);
+  params.grad_offsets = need_places ? grad_offsets.data_ptr() : nullptr;
+  params.grad_weights = need_weights ? grad_weights.data_ptr() : nullptr;
+  Tensors grad_maps;
+  for (size_t level = 0; level < levels; ++level) {
+    check(grad_contexts[level], context.context_sizes[level], offsets.scalar_type(), offsets, "grad_contexts");
+    grad_contexts[level] = torch::stable::contiguous(grad_contexts[level]);
+    params.grad_contexts[level] = grad_contexts[level].data_ptr();
+    if (!need_maps[level]) {
+      grad_maps.push_back(empty(offsets, none));
+      continue;
+    }
+    const Tensor& map = feature_maps[level];
+    const Tensor rows = empty(offsets, {map.size(0), map.size(2), map.size(3), map.size(1)});  // channels last
+    params.grad_maps[level] = rows.data_ptr();
+    grad_maps.push_back(torch::stable::transpose(torch::stable::transpose(rows, 1, 3), 2, 3));
+  }
+  check_launch(sample_context_backward(&params), "sample_context_backward");
+  return {grad_offsets, grad_weights, grad_maps};
+}
+
 }  // namespace
 }  // namespace liftbyimage::cuda
 
@@ -284,6 +384,8 @@ STABLE_TORCH_LIBRARY_IMPL(liftbyimage, CUDA, m) {
   m.impl("pose_guided_attention_backward", TORCH_BOX(&liftbyimage::cuda::attention_backward));
   m.impl("prune_patches_forward", TORCH_BOX(&liftbyimage::cuda::prune_forward));
   m.impl("prune_patches_backward", TORCH_BOX(&liftbyimage::cuda::prune_backward));
+  m.impl("sample_context_forward", TORCH_BOX(&liftbyimage::cuda::context_forward));
+  m.impl("sample_context_backward", TORCH_BOX(&liftbyimage::cuda::context_backward));
 }
 
 namespace {

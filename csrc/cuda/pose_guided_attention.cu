@@ -49,7 +49,6 @@ constexpr int kOwnStride = kOwn + 4;      // padded against bank conflicts, stil
 constexpr int kOtherStride = kOther + 4;
 constexpr int kStaging = kOther * kColumns;
 static_assert(kDepth * (kOwnStride + kOtherStride) <= kStaging, "the transposed chunks share the staging area");
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 using Tile = float[kCells][kCells];
 using PerOwn = float[kCells];

@@ -22,8 +22,6 @@
 namespace liftbyimage::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / kWarp;
 constexpr int kBins = 256;
@@ -60,25 +58,6 @@ struct Keys {
   }
 };
 
-// Inclusive prefix sum over the block's threads; `total` receives the sum over all of them.
-__device__ int inclusive_scan(int value, int* warp_sums, int& total) {
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int before = __shfl_up_sync(kFullWarp, value, offset);
-    if (lane >= offset) value += before;
-  }
-  __syncthreads();
-  if (lane == kWarp - 1) warp_sums[warp] = value;
-  __syncthreads();
-  total = 0;
-  for (int i = 0; i < kSelectWarps; ++i) {
-    if (i < warp) value += warp_sums[i];
-    total += warp_sums[i];
-  }
-  return value;
-}
-
 // The keep-th largest key; `ties` receives how many keys equal to it belong to the kept.
 template <typename T>
 __device__ uint32_t select_threshold(const Keys<T>& keys, int patches, int keep, const SelectShared& shared,
@@ -98,7 +77,7 @@ __device__ uint32_t select_threshold(const Keys<T>& keys, int patches, int keep,
     const int digit = kBins - 1 - thread;
     const int count = digit >= 0 ? shared.histogram[digit] : 0;
     int total;
-    const int at_least = inclusive_scan(count, shared.warp_sums, total);
+    const int at_least = inclusive_scan<kSelectWarps>(count, shared.warp_sums, total);
     const int above = at_least - count;
     if (above < ties && at_least >= ties) {
       shared.found[0] = digit;
@@ -124,7 +103,7 @@ __device__ void write_index(const Keys<T>& keys, int patches, uint32_t threshold
     const bool equal = patch < patches && key == threshold;
     const int packed = greater + (equal << 16);
     int total;
-    const int before = inclusive_scan(packed, warp_sums, total) - packed;
+    const int before = inclusive_scan<kSelectWarps>(packed, warp_sums, total) - packed;
     const int equals = equal_before + (before >> 16);
     if (greater || (equal && equals < ties)) index[greater_before + (before & 0xffff) + min(equals, ties)] = patch;
     greater_before += total & 0xffff;

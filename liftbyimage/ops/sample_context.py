@@ -48,6 +48,7 @@ OP = "sample_context"
 PADDINGS = ("border", "zeros")
 # In grid units: with zero padding nothing can be read from there on, and nothing overflows.
 FAR_OUTSIDE = 4.0
+CUDA_LEVEL_LIMIT = 8  # kMaxLevels of csrc/cuda/sample_context.h
 
 
 def check_maps(op: str, first: str, like: Tensor, feature_maps: Sequence[Tensor]) -> None:
@@ -180,12 +181,20 @@ def _backward_flops(
 count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_native_backward, _triton_backward), _backward_flops)
 
+
+def _why_not_cuda(offsets: Tensor, *tensors: Tensor) -> str | None:
+    reason = why_not_cuda_of_any_width(offsets, *tensors)
+    if reason is None and offsets.shape[1] > CUDA_LEVEL_LIMIT:
+        return f"serves up to {CUDA_LEVEL_LIMIT} levels, got {offsets.shape[1]}"
+    return reason
+
+
 # CUDA stands behind Triton until a run on a GPU shows it ahead: it is so far verified by emulation and compilation
 # only.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
     Backend("triton", why_not_triton_of_any_width, _triton_forward, _triton_backward, batch_independent=True),
-    Backend("cuda", why_not_cuda_of_any_width, _native_forward, _native_backward, batch_independent=True),
+    Backend("cuda", _why_not_cuda, _native_forward, _native_backward, batch_independent=True),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

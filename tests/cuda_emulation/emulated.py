@@ -11,7 +11,7 @@ import ctypes
 import functools
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_bool, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,40 @@ class PruneBackward(Structure):
     ]
 
 
+MAX_LEVELS = 8
+
+
+class ContextLevel(Structure):
+    _fields_ = [
+        ("map", c_void_p),
+        *((name, c_int64) for name in ("batch_stride", "channel_stride", "line_stride", "pixel_stride")),
+        *((name, c_int32) for name in ("channels", "height", "width")),
+    ]
+
+
+class ContextInputs(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("dtype", "batch", "levels", "joints", "heads", "samples")),
+        ("zeros", c_bool),
+        *((name, c_void_p) for name in ("reference", "offsets", "weights")),
+        ("level", ContextLevel * MAX_LEVELS),
+        ("stream", c_void_p),
+    ]
+
+
+class ContextForward(Structure):
+    _fields_ = [("inputs", ContextInputs), ("contexts", c_void_p * MAX_LEVELS)]
+
+
+class ContextBackward(Structure):
+    _fields_ = [
+        ("inputs", ContextInputs),
+        ("grad_contexts", c_void_p * MAX_LEVELS),
+        *((name, c_void_p) for name in ("grad_offsets", "grad_weights")),
+        ("grad_maps", c_void_p * MAX_LEVELS),
+    ]
+
+
 class Guarded:
     """A copy of a tensor's memory, strides included, between two margins of bytes 0xff (NaN in any dtype)."""
 
@@ -122,6 +156,10 @@ class Buffers:
         if tensor is None:
             return None
         self.all.append(Guarded(tensor.contiguous()))
+        return self.all[-1].pointer
+
+    def input_as_it_lies(self, tensor: Tensor) -> int:
+        self.all.append(Guarded(tensor))
         return self.all[-1].pointer
 
     def patch_tensor(self, tensor: Tensor | None) -> PatchTensor:
@@ -310,3 +348,76 @@ class PrunePatches:
         )
         launch(self.library.prune_patches_backward, params, buffers)
         return grad_rows
+
+
+class SampleContext:
+    """sample_context_forward and _backward, by their raw schemas."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    @staticmethod
+    def inputs(
+        buffers: Buffers,
+        feature_maps: Sequence[Tensor],
+        reference: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        zeros: bool,
+    ) -> ContextInputs:
+        levels = [
+            ContextLevel(buffers.input_as_it_lies(values), *values.stride(), *values.shape[1:])
+            for values in feature_maps
+        ]
+        return ContextInputs(
+            *(DTYPES[offsets.dtype], *offsets.shape[:5], zeros),
+            *(buffers.input(reference), buffers.input(offsets), buffers.input(weights)),
+            *((ContextLevel * MAX_LEVELS)(*levels), None),
+        )
+
+    def forward(
+        self, feature_maps: Sequence[Tensor], reference: Tensor, offsets: Tensor, weights: Tensor, zeros: bool
+    ) -> list[Tensor]:
+        buffers = Buffers()
+        inputs = self.inputs(buffers, feature_maps, reference, offsets, weights, zeros)
+        batch, _, joints, heads = offsets.shape[:4]
+        contexts = [
+            buffers.output(batch, joints, heads, values.shape[1], dtype=values.dtype) for values in feature_maps
+        ]
+        params = ContextForward(inputs, (c_void_p * MAX_LEVELS)(*(context.data_ptr() for context in contexts)))
+        launch(self.library.sample_context_forward, params, buffers)
+        return contexts
+
+    def backward(
+        self,
+        grad_contexts: Sequence[Tensor],
+        feature_maps: Sequence[Tensor],
+        reference: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        zeros: bool,
+        need_places: bool,
+        need_weights: bool,
+        need_maps: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        buffers = Buffers()
+        inputs = self.inputs(buffers, feature_maps, reference, offsets, weights, zeros)
+        grad_offsets = buffers.output(*(offsets.shape if need_places else (0,)), dtype=offsets.dtype)
+        grad_weights = buffers.output(*(weights.shape if need_weights else (0,)), dtype=offsets.dtype)
+        grad_maps = [
+            buffers.output(*(values.permute(0, 2, 3, 1).shape if need else (0,)), dtype=values.dtype)
+            for values, need in zip(feature_maps, need_maps, strict=True)
+        ]
+        maps = [grad.data_ptr() if need else None for grad, need in zip(grad_maps, need_maps, strict=True)]
+        params = ContextBackward(
+            inputs,
+            (c_void_p * MAX_LEVELS)(*(buffers.input(grad) for grad in grad_contexts)),
+            grad_offsets.data_ptr() if need_places else None,
+            grad_weights.data_ptr() if need_weights else None,
+            (c_void_p * MAX_LEVELS)(*maps),
+        )
+        launch(self.library.sample_context_backward, params, buffers)
+        channels_first = [
+            grad.permute(0, 3, 1, 2) if need else grad for grad, need in zip(grad_maps, need_maps, strict=True)
+        ]
+        return grad_offsets, grad_weights, channels_first
