@@ -89,7 +89,7 @@ def gather_level(
     reference_pointer += (sample * joints + joint) * 2
     first = (((sample * levels + level) * joints + joint) * HEADS + head) * SAMPLES
     context = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-    for s in range(0, SAMPLES):
+    for s in tl.range(0, SAMPLES, loop_unroll_factor=4):
         place_x, place_y = read_places(reference_pointer, offsets_pointer, first + s, head_ok)
         weight = tl.load(weights_pointer + first + s, mask=head_ok, other=0.0).to(tl.float32)
         x, right, _ = along_axis(place_x, size[1], ZEROS)

@@ -119,20 +119,20 @@ _JOINT_CASES = (
 )
 
 _SAMPLING_CASES = (
-    Case("four_levels"),
-    Case("channels_last", channels_last=True),
+    Case("four_levels", J=3),
+    Case("channels_last", channels_last=True, slow_interpreter=True),
     Case("one_sample", H=1, S=1, maps=((16, 5, 4), (33, 3, 7))),
-    Case("one_level", J=25, S=3, maps=((128, 12, 9),), channels_last=True),
+    Case("one_level", J=25, S=3, maps=((128, 12, 9),), channels_last=True, slow_interpreter=True),
     Case("five_levels", J=5, S=2, maps=((16, 9, 7), (1, 5, 5), (8, 3, 4), (65, 2, 3), (20, 7, 1)), channels_last=True),
     Case("one_joint", J=1),
     Case("one_pixel", J=3, maps=((5, 1, 1), (40, 1, 6)), padding="zeros"),
-    Case("zeros", padding="zeros", channels_last=True),
-    Case("outside", magnitude=3.0),
-    Case("outside_zeros", magnitude=3.0, padding="zeros"),
+    Case("zeros", J=3, padding="zeros", channels_last=True),
+    Case("outside", magnitude=3.0, slow_interpreter=True),
+    Case("outside_zeros", J=3, magnitude=3.0, padding="zeros"),
     Case("empty_batch", B=0),
-    Case("strided", layout="strided"),
-    Case("expanded", layout="expanded", B=3),
-    Case("expanded_zeros", layout="expanded", B=3, padding="zeros", channels_last=True),
+    Case("strided", J=3, layout="strided"),
+    Case("expanded", J=3, layout="expanded", B=3),
+    Case("expanded_zeros", J=3, layout="expanded", B=3, padding="zeros", channels_last=True, slow_interpreter=True),
     Case("many_samples", B=9, J=3, S=2, maps=((64, 6, 4), (32, 3, 2)), channels_last=True),
 )
 

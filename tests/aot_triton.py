@@ -31,7 +31,11 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-QUICK = ("bf16 width 256 shared", "bf16 width 48 shared", "fp32 width 48 shared", "bf16 prune 3072")
+QUICK = (
+    "bf16 width 256 shared", "bf16 width 48 shared", "fp32 width 48 shared", "bf16 prune 3072",
+    "bf16 context channels-last", "fp32 context channels-last", "bf16 tokens 5 × 16", "bf16 tokens 17 × 80",
+    "fp32 tokens 17 × 80",
+)  # fmt: skip
 
 
 def load_kernels() -> Any:
@@ -255,7 +259,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="compile only entries whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="only the default absorbed and factored widths")
+    parser.add_argument("--quick", action="store_true", help="only the sizes that the models run at")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("aot_triton: unset TRITON_INTERPRET; interpreted kernels cannot be compiled")

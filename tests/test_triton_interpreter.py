@@ -8,6 +8,9 @@ import os
 import pytest
 import torch
 
+from liftbyimage import ops
+from liftbyimage.testing import Case, check_against_float64, differentiable, make_inputs
+
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -109,3 +112,59 @@ def test_prune_over_several_blocks_orders_nan_zero_and_ties(poisoned, monkeypatc
     rows = expected[..., None].expand(-1, -1, 24)
     assert torch.equal(kept, patches.gather(1, rows))
     assert torch.equal(prune.backward(kept, index, 300), torch.zeros_like(patches).scatter(1, rows, kept))
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_context_of_places_that_are_no_numbers(poisoned, padding):
+    """Forward and gradients are the reference's, NaN included; an infinite gradient stays where its place is."""
+    inputs = make_inputs("sample_context", Case("", J=2, H=3, S=3, maps=((8, 5, 4), (3, 1, 6))), torch.float32, DEVICE)
+    offsets = inputs["offsets"]
+    offsets[0, 0, 1, 2, 1, 0] = torch.nan
+    offsets[1, 1, 1, 0, 2, 1] = torch.nan
+    offsets[0, 1, 0, 0, 0] = torch.tensor([torch.inf, -torch.inf])
+    offsets[1, 0, 0, 0, 0] = torch.tensor([-torch.inf, 1e30])
+
+    def everything(backend):
+        leaves = differentiable({**inputs, "padding": padding}, torch.float32)
+        contexts = ops.sample_context(**leaves, backend=backend)
+        tensors = [*leaves["feature_maps"], leaves["reference"], leaves["offsets"], leaves["weights"]]
+        grads = torch.autograd.grad(contexts, tensors, [context.cos() for context in contexts], retain_graph=True)
+        infinite = torch.zeros_like(contexts[0])
+        infinite[1, 1, 1, 5] = torch.inf
+        return [*contexts, *grads, *torch.autograd.grad(contexts[0], leaves["feature_maps"][0], infinite)]
+
+    for mine, theirs in zip(everything("triton"), everything("reference"), strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_context_over_several_tiles_and_channel_blocks(poisoned):
+    """A map of more pixels and channels than a tile, wanted alone among three."""
+    case = Case("", B=1, J=2, H=2, S=3, maps=((5, 2, 2), (130, 9, 8), (9, 40, 30)), channels_last=True)
+    inputs = make_inputs("sample_context", case, torch.float32, DEVICE)
+    check_against_float64("sample_context", inputs, torch.float32, "triton")
+    module = kernels("sample_context")
+    tensors = [inputs[name] for name in ("feature_maps", "reference", "offsets", "weights")]
+    grads = [torch.randn(1, 2, 2, values.shape[1], device=DEVICE) for values in inputs["feature_maps"]]
+    everything = module.backward(grads, *tensors, False, True, True, [True, True, True])
+    one_map = module.backward(grads, *tensors, False, False, False, [False, True, False])
+    assert one_map[0].shape == one_map[1].shape == one_map[2][0].shape == one_map[2][2].shape == (0,)
+    assert torch.equal(one_map[2][1], everything[2][1])
+
+
+@pytest.mark.parametrize("tokens, width", [(64, 130), (33, 65), (16, 128)])
+def test_tokens_at_the_limits_of_tiles_and_chunks(poisoned, tokens, width):
+    case = Case("", B=1, H=2, J=tokens, D=2 * width)
+    check_against_float64(
+        "attend_tokens", make_inputs("attend_tokens", case, torch.float32, DEVICE), torch.float32, "triton"
+    )
+
+
+def test_infinite_key_of_one_token_does_not_spoil_another_head_or_the_gradient_of_padding(poisoned):
+    packed = torch.randn(1, 5, 3 * 2 * 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    packed[0, 3, 8] = torch.inf  # the first head's key of token 3
+    module = kernels("attend_tokens")
+    attended = module.forward(packed, 2, 0.5)
+    grad = module.backward(torch.ones_like(attended), packed, 2, 0.5)
+    assert attended[..., 4:].isfinite().all()
+    other_head = torch.arange(24) % 8 >= 4
+    assert grad[..., other_head].isfinite().all()

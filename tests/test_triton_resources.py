@@ -28,11 +28,14 @@ def test_kernels_fit_without_spills_and_use_tensor_cores(arch):
     kernels = compiled(arch)
     assert {kernel["name"].split(".")[0] for kernel in kernels} == {
         "attend_patches",
+        "attend_tokens",
         "pose_guided_attention",
         "prune_patches",
+        "sample_context",
     }
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
         assert kernel["STACK"] == kernel["LOCAL"] == kernel["LDL"] == kernel["STL"] == 0, kernel
         if "bf16" in kernel["name"] and kernel["dots"]:
-            assert kernel["HGMMA" if arch == 90 else "HMMA"] > 0, kernel
+            # The few tokens of a sample fill no 64 rows, which Hopper's own instruction needs.
+            assert kernel["HMMA" if arch == 80 or "attend_tokens" in kernel["name"] else "HGMMA"] > 0, kernel

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from liftbyimage.models.capture import CapturedModule, capture
 from liftbyimage.models.context_aware_poseformer import ContextAwarePoseFormer, ContextAwarePoseFormerConfig
 from liftbyimage.models.folding import fold_batch_norm
 from liftbyimage.models.heatmaps import decode_heatmaps, flip_average
@@ -20,6 +21,7 @@ from liftbyimage.models.tiny_encoder import TinyEncoder
 __all__ = [
     "ContextAwarePoseFormer",
     "ContextAwarePoseFormerConfig",
+    "CapturedModule",
     "HRNet",
     "LiftByImage",
     "LiftByImageConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "TinyEncoder",
     "build",
     "build_encoder",
+    "capture",
     "decode_heatmaps",
     "flip_average",
     "fold_batch_norm",
