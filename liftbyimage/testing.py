@@ -119,7 +119,7 @@ _JOINT_CASES = (
 )
 
 _SAMPLING_CASES = (
-    Case("four_levels", J=3),
+    Case("four_levels", J=3, S=2),
     Case("channels_last", channels_last=True, slow_interpreter=True),
     Case("one_sample", H=1, S=1, maps=((16, 5, 4), (33, 3, 7))),
     Case("one_level", J=25, S=3, maps=((128, 12, 9),), channels_last=True, slow_interpreter=True),

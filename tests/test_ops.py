@@ -186,7 +186,7 @@ def test_bitwise_repeatable(op, backend):
 
 @pytest.mark.parametrize("op, backend", [(op, b.name) for op in OPS for b in backends_of(op) if b.batch_independent])
 def test_a_sample_does_not_depend_on_its_batch(op, backend):
-    case = Case("batch", B=5, H=4, J=17, P=96, E=32, F=32, D=32, K=28, value_is_key=True)
+    case = Case("batch", B=5, H=4, J=17, P=96, E=32, F=32, D=32, K=28, S=2, value_is_key=True, maps=((9, 3, 2),))
     inputs = make_inputs(op, case, torch.float32, device_of(backend))
     require(op, backend, inputs)
     whole, whole_grads = run(op, differentiable(inputs, torch.float32), backend)
