@@ -1,5 +1,4 @@
-// What every CUDA launcher shares: element types, conversion to and from float, dynamic shared memory, prefix sums,
-// launching.
+// What every CUDA launcher shares: element types, conversion to and from float, dynamic shared memory, launching.
 // Free of torch headers, so that the .cu files compile with nvcc alone.
 #pragma once
 
@@ -14,9 +13,6 @@ namespace liftbyimage::cuda {
 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-constexpr int kWarp = 32;
-constexpr unsigned kFullWarp = 0xffffffffu;
-
 extern __shared__ float4 shared_memory[];
 
 __device__ inline float to_float(float value) { return value; }
@@ -26,26 +22,6 @@ __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(
 __device__ inline void from_float(float value, float& out) { out = value; }
 __device__ inline void from_float(float value, __half& out) { out = __float2half_rn(value); }
 __device__ inline void from_float(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
-
-// Inclusive prefix sum over the threads of a block of kWarps warps; `total` receives the sum over all of them.
-template <int kWarps>
-__device__ int inclusive_scan(int value, int* warp_sums, int& total) {
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int before = __shfl_up_sync(kFullWarp, value, offset);
-    if (lane >= offset) value += before;
-  }
-  __syncthreads();
-  if (lane == kWarp - 1) warp_sums[warp] = value;
-  __syncthreads();
-  total = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) value += warp_sums[i];
-    total += warp_sums[i];
-  }
-  return value;
-}
 
 template <typename T>
 struct Type {

@@ -33,6 +33,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "warps.h"
 
 namespace liftbyimage::cuda {
 namespace {

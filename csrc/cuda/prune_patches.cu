@@ -18,6 +18,7 @@
 #include "prune_patches.h"
 
 #include "common.h"
+#include "warps.h"
 
 namespace liftbyimage::cuda {
 namespace {

@@ -19,6 +19,7 @@
 #include "sample_context.h"
 
 #include "common.h"
+#include "warps.h"
 
 namespace liftbyimage::cuda {
 namespace {
