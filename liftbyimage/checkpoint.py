@@ -195,21 +195,30 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _official_encoder(
     weights_path: str | os.PathLike[str], wanted: str, checkpoint: str | os.PathLike[str]
 ) -> models.HRNet:
-    """The HRNet whose width and joints are those of a file's heatmap layer, with the file's weights."""
-    weights = _read_tensors(weights_path, "encoder weights")
+    encoder = official_hrnet(weights_path, "encoder weights")
+    if wanted != f"hrnet-w{encoder.channels}":
+        raise ValueError(
+            f"encoder weights {weights_path} are of hrnet-w{encoder.channels}, but the lifter of "
+            f"checkpoint {checkpoint} was made for the encoder {wanted}"
+        )
+    return encoder
+
+
+def official_hrnet(path: str | os.PathLike[str], what: str) -> models.HRNet:
+    """The HRNet whose width and joints are those of an official file's heatmap layer, with the file's weights.
+
+    Args:
+        what: what the file is for, the first words of every refusal.
+    """
+    weights = _read_tensors(path, what)
     named = weights if isinstance(weights, dict) else {}
     heads = [named[name] for name in ("final_layer.weight", "module.final_layer.weight") if name in named]
     if not heads or not isinstance(heads[0], Tensor) or heads[0].dim() != 4:
         raise ValueError(
-            f"encoder weights {weights_path}: expected official HRNet pose weights with final_layer.weight "
+            f"{what} {path}: expected official HRNet pose weights with final_layer.weight "
             "[joints, width, 1, 1], got no such tensor"
         )
     joints, width = heads[0].shape[:2]
-    if wanted != f"hrnet-w{width}":
-        raise ValueError(
-            f"encoder weights {weights_path} are of hrnet-w{width}, but the lifter of "
-            f"checkpoint {checkpoint} was made for the encoder {wanted}"
-        )
     return models.HRNet(width, joints).load_official(weights)
 
 
