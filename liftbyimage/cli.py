@@ -13,11 +13,12 @@ import typer
 from rich.console import Console
 
 from liftbyimage import __version__
-from liftbyimage._files import DEMO_CHECKPOINT, require_file
+from liftbyimage._files import DEMO_CHECKPOINT
 
 if TYPE_CHECKING:
     from liftbyimage.models import Pipeline
 
+DEMO_MODEL = "lift-by-image"
 PACKAGE = Path(__file__).resolve().parent
 
 app = typer.Typer(
@@ -79,39 +80,54 @@ def demo(
 
 @app.command()
 def lift(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, one person in each.", show_default=False)],
-    pose: Annotated[Path, typer.Option(help="JSON file with the 2D pose of each picture.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE…|VIDEO", help="Pictures, one person in each, or one video.")
+    ],
+    pose: Annotated[Path | None, typer.Option(help="JSON file with the 2D pose of each picture.")] = None,
+    pose_model: Annotated[
+        Path | None,
+        typer.Option(help="Instead of --pose: a 2D pose model, .onnx or official HRNet weights."),
+    ] = None,
+    box: Annotated[
+        str | None,
+        typer.Option(metavar="x0,y0,x1,y1", help="Where the pose model looks, in px; in a video, in its first frame."),
+    ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Your function that finds people; the largest is lifted."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model that --checkpoint must hold.")] = None,
     encoder_weights: Annotated[
         Path | None, typer.Option(help="Official HRNet weights (w32 or w48) for the checkpoint's encoder.")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A trained lifter; by default the demonstration model.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for poses.json and the pictures.")] = Path("lift-output"),
+    out: Annotated[Path, typer.Option(help="Folder for the poses and the pictures.")] = Path("lift-output"),
+    format: Annotated[str, typer.Option(help="Of the file with the poses: json or npz.")] = "json",
+    pictures: Annotated[bool, typer.Option(help="Draw a picture of each person, or the video.")] = True,
+    frames: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Only frames A to B - 1 of the video, from 0.")
+    ] = None,
 ) -> None:
-    """Lift the person in each picture to 3D."""
+    """Lift the person in each picture, or in every frame of a video, to 3D."""
     console = Console()
     with _mistakes_in_one_sentence():
         _check_folder(out)
-        from liftbyimage.data.pose_file import read_pose_file
-        from liftbyimage.lift import RESULTS_NAME, lift_images, write_results
+        from liftbyimage.lift_command import Options, run
 
-        if (out / RESULTS_NAME).resolve() == pose.resolve():
-            raise ValueError(f"--out {out} would overwrite the pose file {pose}: choose another folder")
-        for image in images:
-            require_file(f"image {image}", image)
-        poses = read_pose_file(pose, images)
-        pipeline = _load_pipeline(checkpoint, encoder_weights)
-        if checkpoint is None:
-            console.print(
-                "This is a demonstration model, trained on synthetic scenes only: "
-                "do not expect it to be accurate on photographs.",
-                soft_wrap=True,
-            )
-        results = lift_images(pipeline, images, poses)
-        written = write_results(results, out)
-        people = "1 person" if len(results) == 1 else f"{len(results)} people"
-        console.print(f"Lifted {people}: {written} and a picture of each beside it.", markup=False, soft_wrap=True)
+        def load_pipeline() -> Pipeline:
+            pipeline = _load_pipeline(checkpoint, encoder_weights, model)
+            if checkpoint is None:
+                console.print(
+                    "This is a demonstration model, trained on synthetic scenes only: "
+                    "do not expect it to be accurate on photographs.",
+                    soft_wrap=True,
+                )
+            return pipeline
+
+        options = Options(files, pose, pose_model, box, detector, out, format, pictures, frames)
+        console.print(run(options, load_pipeline, console), markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_folder(out: Path) -> None:
@@ -119,7 +135,7 @@ def _check_folder(out: Path) -> None:
         raise ValueError(f"--out {out}: expected a folder, got a file")
 
 
-def _load_pipeline(checkpoint: Path | None, encoder_weights: Path | None) -> Pipeline:
+def _load_pipeline(checkpoint: Path | None, encoder_weights: Path | None, model: str | None) -> Pipeline:
     from liftbyimage.checkpoint import load_pipeline
 
     if checkpoint is None and encoder_weights is not None:
@@ -127,7 +143,9 @@ def _load_pipeline(checkpoint: Path | None, encoder_weights: Path | None) -> Pip
             "--encoder-weights needs --checkpoint too: a lifter trained on that encoder's features "
             "(the demonstration model has an encoder of its own)"
         )
-    return load_pipeline(checkpoint or DEMO_CHECKPOINT, encoder_weights)
+    if checkpoint is None and model not in (None, DEMO_MODEL):
+        raise ValueError(f"--model {model} needs --checkpoint: the demonstration model is {DEMO_MODEL}")
+    return load_pipeline(checkpoint or DEMO_CHECKPOINT, encoder_weights, model)
 
 
 @app.command("train-demo")

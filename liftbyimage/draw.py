@@ -34,15 +34,17 @@ _HALO = [patheffects.withStroke(linewidth=4.6, foreground="white", alpha=0.85)]
 def picture_of_person(
     crop: np.ndarray,
     pose_2d: ArrayLike,
-    importance: ArrayLike,
-    index: ArrayLike,
-    grid: tuple[int, int],
+    importance: ArrayLike | None,
+    index: ArrayLike | None,
+    grid: tuple[int, int] | None,
     pose_3d: ArrayLike,
     coarse_pose_3d: ArrayLike | None = None,
     truth_3d: ArrayLike | None = None,
     title: str | None = None,
 ) -> Figure:
     """Four panels: the crop with its 2D skeleton, the attention over it, the patches kept, the pose in 3D.
+
+    The two in the middle are left out where `importance`, `index` and `grid` are None: a lifter without patches.
 
     Arrays or CPU tensors. Attention is shown as a multiple of the uniform 1/P on a logarithmic scale. The 3D
     panel looks from the camera's right; its floor is parallel to the camera's x and z axes.
@@ -58,31 +60,42 @@ def picture_of_person(
         title: one line above the panels.
 
     Raises:
-        ValueError: an array has another shape, or `index` leaves the grid.
+        ValueError: an array has another shape, `index` leaves the grid, or only some of `importance`, `index` and
+            `grid` are None.
     """
     crop = np.asarray(crop)
     if crop.ndim != 3 or crop.shape[2] != 3 or crop.dtype != np.uint8:
         raise ValueError(f"picture_of_person: crop must be uint8 [H, W, 3], got {crop.dtype} {list(crop.shape)}")
-    rows, columns = grid
     joints = len(JOINT_NAMES)
     points = _array("pose_2d", pose_2d, (joints, 2))
-    attention = _array("importance", importance, (rows * columns,)).reshape(rows, columns)
+    patches = _patches(importance, index, grid)
     poses = {"pose_3d": pose_3d, "coarse_pose_3d": coarse_pose_3d, "truth_3d": truth_3d}
     pose, coarse, truth = (None if value is None else _array(name, value, (joints, 3)) for name, value in poses.items())
     assert pose is not None
 
-    figure = Figure(figsize=(11.6, 4.5), dpi=110, facecolor="white")
+    image_panels = 1 if patches is None else 3
+    figure = Figure(figsize=(3.8 + 2.6 * image_panels, 4.5), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
+    left = 0.139 / figure.get_figwidth()
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 9.5, "text.color": INK}):
         panels = figure.add_gridspec(
-            1, 4, width_ratios=(1, 1, 1, 1.4), left=0.012, right=0.998, top=0.83, bottom=0.115, wspace=0.02
+            1,
+            image_panels + 1,
+            width_ratios=(*(1,) * image_panels, 1.4),
+            left=left,
+            right=0.998,
+            top=0.83,
+            bottom=0.115,
+            wspace=0.02,
         )
         _draw_skeleton(_image_axes(figure, panels[0], crop, "input: crop and 2D pose"), points)
-        _draw_attention(figure, panels[1], crop, attention)
-        _draw_kept(figure, panels[2], crop, _kept_mask(index, grid))
-        _draw_poses(figure, panels[3], pose, coarse, truth)
+        if patches is not None:
+            attention, kept = patches
+            _draw_attention(figure, panels[1], crop, attention)
+            _draw_kept(figure, panels[2], crop, kept)
+        _draw_poses(figure, panels[image_panels], pose, coarse, truth)
         if title:
-            figure.text(0.012, 0.945, title, fontsize=12.5, fontweight="bold", va="center")
+            figure.text(left, 0.945, title, fontsize=12.5, fontweight="bold", va="center")
     return figure
 
 
@@ -100,6 +113,23 @@ def _array(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
 
 def _numpy(values: ArrayLike) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _patches(
+    importance: ArrayLike | None, index: ArrayLike | None, grid: tuple[int, int] | None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Attention and what was kept, both [Hf, Wf]; None for a lifter without patches."""
+    given = {"importance": importance, "index": index, "grid": grid}
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        if len(missing) < len(given):
+            raise ValueError(
+                "picture_of_person: importance, index and grid must be given together, "
+                f"got no {' and no '.join(missing)}"
+            )
+        return None
+    rows, columns = grid
+    return _array("importance", importance, (rows * columns,)).reshape(rows, columns), _kept_mask(index, grid)
 
 
 def _kept_mask(index: ArrayLike, grid: tuple[int, int]) -> np.ndarray:
@@ -131,7 +161,8 @@ def _grey(crop: np.ndarray) -> np.ndarray:
     return np.repeat(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2).astype(np.float64) / 255
 
 
-def _colour(joint: int) -> str:
+def joint_colour(joint: int) -> str:
+    """The colour, #RRGGBB, of a joint and of the bone that ends in it."""
     name = JOINT_NAMES[joint]
     return LEFT if name.startswith("left") else RIGHT if name.startswith("right") else MIDDLE
 
@@ -139,8 +170,8 @@ def _colour(joint: int) -> str:
 def _draw_skeleton(axes: Axes, points: np.ndarray) -> None:
     for parent, child in BONES:
         x, y = points[[parent, child]].T
-        axes.plot(x, y, color=_colour(child), lw=2.6, solid_capstyle="round", path_effects=_HALO, clip_on=True)
-    axes.scatter(*points.T, s=20, c=[_colour(joint) for joint in range(len(points))], ec="white", lw=0.8, zorder=3)
+        axes.plot(x, y, color=joint_colour(child), lw=2.6, solid_capstyle="round", path_effects=_HALO, clip_on=True)
+    axes.scatter(*points.T, s=20, c=[joint_colour(joint) for joint in range(len(points))], ec="white", lw=0.8, zorder=3)
 
 
 def _draw_attention(figure: Figure, place: Any, crop: np.ndarray, attention: np.ndarray) -> None:
@@ -201,7 +232,7 @@ def _draw_poses(
     axes.scatter(
         *refined.T,
         s=14,
-        c=[_colour(joint) for joint in range(len(refined))],
+        c=[joint_colour(joint) for joint in range(len(refined))],
         ec="white",
         lw=0.6,
         depthshade=False,
@@ -228,7 +259,7 @@ def _draw_bones(axes: Axes3D, joints: np.ndarray, lw: float, colour: str | None 
     for parent, child in BONES:
         axes.plot(
             *joints[[parent, child]].T,
-            color=colour or _colour(child),
+            color=colour or joint_colour(child),
             lw=lw,
             alpha=alpha,
             solid_capstyle="round",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,31 +19,53 @@ from liftbyimage.data.crop import (
     apply_affine,
     box_to_crop_matrix,
     normalise_image,
-    normalise_keypoints,
     read_image,
     warp_crop,
 )
-from liftbyimage.data.pose_file import ImagePose
+from liftbyimage.data.pose_file import SMALLEST_PERSON, ImagePose
 from liftbyimage.data.skeleton import JOINT_NAMES
+from liftbyimage.metrics import root_relative
 from liftbyimage.models import Pipeline
 
-RESULTS_NAME = "poses.json"
-SMALLEST_PERSON = 8.0  # px
+FORMATS = ("json", "npz")
+UNITS, AXES = "metres", "camera: x right, y down, z forward; relative to the pelvis"
 
 
 @dataclass(frozen=True, eq=False)
 class LiftedImage:
-    """The person of one image, lifted."""
+    """The person of one image, lifted. What only a lifter with patches has is None for one without."""
 
     image: Path
+    pose_2d: np.ndarray  # float64 [17, 2], px of the image
+    box: np.ndarray  # float64 [4], x0, y0, x1, y1 px of the image
     crop: np.ndarray  # uint8 [256, 192, 3] RGB
     crop_matrix: np.ndarray  # float64 [2, 3]: crop px = M·[x, y, 1] of the image
     keypoints: np.ndarray  # float64 [17, 2], crop px
     pose_3d: np.ndarray  # float32 [17, 3], metres, root-relative, camera axes
-    coarse_pose_3d: np.ndarray  # float32 [17, 3], the same, of stage 1
-    importance: np.ndarray  # float32 [P], sums to 1
-    index: np.ndarray  # int64 [K], the patches kept
-    grid: tuple[int, int]  # (Hf, Wf), P = Hf·Wf
+    coarse_pose_3d: np.ndarray | None  # float32 [17, 3], the same, of stage 1
+    importance: np.ndarray | None  # float32 [P], sums to 1
+    index: np.ndarray | None  # int64 [K], the patches kept
+    grid: tuple[int, int] | None  # (Hf, Wf), P = Hf·Wf
+
+
+@dataclass(frozen=True, eq=False)
+class PersonCrop:
+    """A person cut out of a picture: what a pipeline lifts."""
+
+    source: str  # what an error names
+    pose: ImagePose
+    pixels: np.ndarray  # uint8 [256, 192, 3] RGB
+    matrix: np.ndarray  # float64 [2, 3], picture px to crop px
+    image_size: tuple[int, int]  # (width, height) of the picture, px
+
+
+class LiftedCrops(NamedTuple):
+    """What a pipeline makes of N crops; None where its lifter gives no such thing."""
+
+    pose_3d: np.ndarray  # float32 [N, 17, 3]
+    coarse_pose_3d: np.ndarray | None = None  # float32 [N, 17, 3]
+    importance: np.ndarray | None = None  # float32 [N, P]
+    index: np.ndarray | None = None  # int64 [N, K]
 
 
 def lift_images(
@@ -71,30 +94,28 @@ def lift_images(
     """
     if batch_size < 1:
         raise ValueError(f"lift_images: batch_size must be at least 1, got {batch_size}")
-    joints = pipeline.lifter.config.num_joints
-    if joints != len(JOINT_NAMES):
-        raise ValueError(f"lift_images: pipeline must lift {len(JOINT_NAMES)} joints, got one for {joints}")
+    check_skeleton("lift_images", pipeline)
     paths = [Path(image) for image in images]
     unposed = [str(path) for path in paths if str(path) not in poses]
     if unposed:
         raise ValueError(f"lift_images: poses must hold every image, got none for {', '.join(unposed)}")
-    inputs = [_crop(path, poses[str(path)]) for path in paths]
+    crops = [_crop(path, poses[str(path)]) for path in paths]
     pipeline = pipeline.to(device).eval()
     lifted: list[LiftedImage] = []
-    for start in range(0, len(inputs), batch_size):
-        lifted += _lift_batch(pipeline, inputs[start : start + batch_size], device)
+    for start in range(0, len(crops), batch_size):
+        batch = slice(start, start + batch_size)
+        results = lift_crops("lift_images", pipeline, crops[batch], device)
+        lifted += map(_lifted_image, paths[batch], crops[batch], _rows(results), repeat(_grid(pipeline)))
     return lifted
 
 
-@dataclass(frozen=True, eq=False)
-class _Crop:
-    image: Path
-    pixels: np.ndarray  # uint8 [256, 192, 3]
-    matrix: np.ndarray  # [2, 3]
-    keypoints: np.ndarray  # [17, 2] crop px
+def check_skeleton(function: str, pipeline: Pipeline) -> None:
+    joints = pipeline.lifter.config.num_joints
+    if joints != len(JOINT_NAMES):
+        raise ValueError(f"{function}: pipeline must lift {len(JOINT_NAMES)} joints, got one for {joints}")
 
 
-def _crop(path: Path, pose: ImagePose) -> _Crop:
+def _crop(path: Path, pose: ImagePose) -> PersonCrop:
     image = read_image(path)
     height, width = image.shape[:2]
     if not ((pose.keypoints >= 0) & (pose.keypoints < (width, height))).all(axis=1).any():
@@ -107,70 +128,119 @@ def _crop(path: Path, pose: ImagePose) -> _Crop:
         raise ValueError(
             f"image {path}: its keypoints span {size[0]:.1f}×{size[1]:.1f} px: are they pixels of this picture?"
         )
+    return crop_person(image, pose, str(path))
+
+
+def crop_person(image: np.ndarray, pose: ImagePose, source: str) -> PersonCrop:
+    """Cut the pose's box out of a picture [H, W, 3], enlarged as `box_to_crop_matrix` does."""
     matrix = box_to_crop_matrix(pose.box, CROP_SIZE)
-    return _Crop(path, warp_crop(image, matrix), matrix, apply_affine(matrix, pose.keypoints))
+    return PersonCrop(source, pose, warp_crop(image, matrix), matrix, (image.shape[1], image.shape[0]))
 
 
-def _lift_batch(pipeline: Pipeline, crops: Sequence[_Crop], device: str | torch.device) -> list[LiftedImage]:
-    images = normalise_image(np.stack([crop.pixels for crop in crops])).to(device)  # [B, 3, 256, 192]
-    keypoints = normalise_keypoints(np.stack([crop.keypoints for crop in crops]))
-    pose_2d = torch.from_numpy(keypoints).float().to(device)  # [B, 17, 2]
+def lift_crops(
+    function: str, pipeline: Pipeline, crops: Sequence[PersonCrop], device: str | torch.device
+) -> LiftedCrops:
+    """Lift one batch, at least one crop, with a pipeline on `device` in evaluation mode; `function` is for errors."""
+    images = normalise_image(np.stack([crop.pixels for crop in crops])).to(device)  # [N, 3, 256, 192]
+    inputs = pipeline.lifter.pose_inputs(
+        np.stack([crop.pose.keypoints for crop in crops]),
+        np.stack([crop.matrix for crop in crops]),
+        np.array([crop.image_size for crop in crops], dtype=np.float64),
+    )
     with torch.inference_mode():
-        out = pipeline(images, pose_2d)
-    pose, coarse, importance, index = (value.cpu().numpy() for value in out)
+        out = pipeline(images, *(value.to(device) for value in inputs))
+    if isinstance(out, torch.Tensor):
+        out = (root_relative(out),)
+    lifted = LiftedCrops(*(value.cpu().numpy() for value in out))
     for row, crop in enumerate(crops):
-        if not (np.isfinite(pose[row]).all() and np.isfinite(coarse[row]).all()):
-            raise ValueError(f"lift_images: the pose of {crop.image} is not finite: the weights are broken")
-    return [
-        LiftedImage(
-            crop.image,
-            crop.pixels,
-            crop.matrix,
-            crop.keypoints,
-            pose[row],
-            coarse[row],
-            importance[row],
-            index[row],
-            pipeline.lifter.config.grid,
-        )
-        for row, crop in enumerate(crops)
-    ]
+        poses = (lifted.pose_3d, lifted.coarse_pose_3d)
+        if not all(np.isfinite(pose[row]).all() for pose in poses if pose is not None):
+            raise ValueError(f"{function}: the pose of {crop.source} is not finite: the weights are broken")
+    return lifted
 
 
-def write_results(results: Sequence[LiftedImage], out_dir: str | os.PathLike[str], pictures: bool = True) -> Path:
-    """Write `poses.json` and, per person, a picture `<stem>.png`; every file atomically, `poses.json` last.
+def _rows(lifted: LiftedCrops) -> Iterator[LiftedCrops]:
+    """One person at a time, without the axis N."""
+    for row in range(len(lifted.pose_3d)):
+        yield LiftedCrops(*(None if values is None else values[row] for values in lifted))
+
+
+def _grid(pipeline: Pipeline) -> tuple[int, int] | None:
+    return getattr(pipeline.lifter.config, "grid", None)
+
+
+def _lifted_image(path: Path, crop: PersonCrop, lifted: LiftedCrops, grid: tuple[int, int] | None) -> LiftedImage:
+    keypoints = apply_affine(crop.matrix, crop.pose.keypoints)
+    return LiftedImage(path, crop.pose.keypoints, crop.pose.box, crop.pixels, crop.matrix, keypoints, *lifted, grid)
+
+
+def write_results(
+    results: Sequence[LiftedImage], out_dir: str | os.PathLike[str], pictures: bool = True, format: str = "json"
+) -> Path:
+    """Write the poses and, per person, a picture `<stem>.png`; every file atomically, the poses last.
 
     A second image of the same stem gets `<stem>-2.png`, and no picture takes the place of a lifted image.
 
+    Args:
+        format: "json" writes `poses.json`; "npz" writes `poses.npz`, arrays over the N images that
+            `np.load(allow_pickle=False)` reads: image, pose_2d, box, crop_matrix, pose_3d, coarse_pose_3d if the lifter
+            gives it, joint_names.
+
     Returns:
-        The path of `poses.json`.
+        The path of the file with the poses.
     """
+    check_format("write_results", format)
     out_dir = Path(out_dir)
     names = _picture_names(results, out_dir) if pictures else [None] * len(results)
     for result, name in zip(results, names, strict=True):
         if name is not None:
             _write_picture(result, out_dir / name)
+    path = out_dir / results_name(format)
+    if format == "npz":
+        write_atomically(path, lambda file: np.savez(file, **_arrays(results)))
+        return path
     document = {
-        "units": "metres",
-        "axes": "camera: x right, y down, z forward; relative to the pelvis",
+        "units": UNITS,
+        "axes": AXES,
         "joint_names": list(JOINT_NAMES),
         "images": [_entry(result, name) for result, name in zip(results, names, strict=True)],
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(out_dir / RESULTS_NAME, lambda file: file.write(text.encode()))
-    return out_dir / RESULTS_NAME
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def check_format(function: str, format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"{function}: format must be one of {', '.join(FORMATS)}, got {format!r}")
+
+
+def results_name(format: str) -> str:
+    return f"poses.{format}"
 
 
 def _entry(result: LiftedImage, picture: str | None) -> dict[str, Any]:
     return {
         "image": str(result.image),
         "picture": picture,
+        "pose_2d": result.pose_2d.tolist(),
+        "box": result.box.tolist(),
         "pose_3d": result.pose_3d.tolist(),
-        "coarse_pose_3d": result.coarse_pose_3d.tolist(),
-        "kept_patches": len(result.index),
-        "patches": len(result.importance),
+        "coarse_pose_3d": None if result.coarse_pose_3d is None else result.coarse_pose_3d.tolist(),
+        "kept_patches": None if result.index is None else len(result.index),
+        "patches": None if result.importance is None else len(result.importance),
         "crop_matrix": result.crop_matrix.tolist(),
     }
+
+
+def _arrays(results: Sequence[LiftedImage]) -> dict[str, np.ndarray]:
+    shapes = {"pose_2d": (17, 2), "box": (4,), "crop_matrix": (2, 3), "pose_3d": (17, 3), "coarse_pose_3d": (17, 3)}
+    arrays = {"image": np.array([str(result.image) for result in results], dtype=str)}
+    for name, shape in shapes.items():
+        values = [getattr(result, name) for result in results]
+        if not any(value is None for value in values):
+            arrays[name] = np.array(values).reshape(-1, *shape)  # [0, …] too, of no images
+    return {**arrays, "joint_names": np.array(JOINT_NAMES)}
 
 
 def _picture_names(results: Sequence[LiftedImage], out_dir: Path) -> list[str]:

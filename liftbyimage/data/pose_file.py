@@ -15,6 +15,7 @@ from liftbyimage.data.skeleton import COCO_NAMES, JOINT_NAMES, coco_to_h36m
 
 EVERY_IMAGE = "*"
 BOX_MARGIN = 0.10
+SMALLEST_PERSON = 8.0  # px
 FIELDS = {"keypoints", "order", "box"}
 
 
@@ -65,6 +66,17 @@ def read_pose_file(path: str | Path, images: Iterable[str | Path] | None = None)
     found = {str(image): _find(path, poses, Path(image)) for image in images}
     _refuse_shared_entries(path, found)
     return {image: poses[name] for image, name in found.items()}
+
+
+def joints_box(keypoints: np.ndarray) -> np.ndarray:
+    """The box of a person of whom only joints [N, 2] are known: their extent, and 10 % of its longer side all round.
+
+    Returns:
+        [4], x0, y0, x1, y1 in the joints' unit.
+    """
+    low, high = keypoints.min(axis=0), keypoints.max(axis=0)
+    margin = BOX_MARGIN * (high - low).max()
+    return np.concatenate([low - margin, high + margin])
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
@@ -162,8 +174,6 @@ def _parse_box(label: str, box: Any) -> np.ndarray:
 def _default_box(label: str, keypoints: np.ndarray) -> np.ndarray:
     if not len(keypoints):
         raise ValueError(f'{label} needs a "box": the confidence of every keypoint is 0')
-    low, high = keypoints.min(axis=0), keypoints.max(axis=0)
-    margin = BOX_MARGIN * (high - low).max()
-    if not margin > 0:
+    if not np.ptp(keypoints, axis=0).max() > 0:
         raise ValueError(f'{label} needs a "box": its keypoints span no area to derive one from')
-    return np.concatenate([low - margin, high + margin])
+    return joints_box(keypoints)
