@@ -10,11 +10,12 @@ from typing import Any
 import cv2
 import pytest
 import torch
+from marked_person import MarkerModel, picture, write_video
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import liftbyimage
-from liftbyimage import _extension, checkpoint, cli, doctor, models
+from liftbyimage import _extension, checkpoint, cli, doctor, lift_command, models
 from liftbyimage.data.synthetic import generate
 from liftbyimage.ops._explain import OPS, backends_of
 
@@ -42,7 +43,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> tuple[Path, Path]:
+def photo(tmp_path: Path) -> tuple[Path, Path]:
     """A picture with a synthetic person, and its pose file."""
     scene = generate(1, seed=21).scene(0)
     image, pose = tmp_path / "person.png", tmp_path / "pose.json"
@@ -75,8 +76,8 @@ def test_runs_as_a_module_without_loading_torch() -> None:
     assert run.stdout == f"liftbyimage {liftbyimage.__version__}\n[]\n"
 
 
-def test_lift(small: Path, picture: tuple[Path, Path], tmp_path: Path) -> None:
-    image, pose = picture
+def test_lift(small: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    image, pose = photo
     out = tmp_path / "out"
     result = _run("lift", image, "--pose", pose, "--checkpoint", small, "--out", out)
     assert result.exit_code == 0, result.output
@@ -88,17 +89,17 @@ def test_lift(small: Path, picture: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_lift_says_that_the_default_model_is_a_demonstration(
-    small: Path, picture: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, photo: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "DEMO_CHECKPOINT", small)
-    image, pose = picture
+    image, pose = photo
     result = _run("lift", image, "--pose", pose, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(DEMONSTRATION)
 
 
-def test_lift_with_official_encoder_weights(picture: tuple[Path, Path], tmp_path: Path) -> None:
-    image, pose = picture
+def test_lift_with_official_encoder_weights(photo: tuple[Path, Path], tmp_path: Path) -> None:
+    image, pose = photo
     torch.manual_seed(6)
     pipeline = models.Pipeline(models.hrnet_w32(), models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4)))
     weights, lifter = tmp_path / "w32.pth", tmp_path / "lifter.pt"
@@ -125,8 +126,8 @@ def test_lift_with_official_encoder_weights(picture: tuple[Path, Path], tmp_path
     assert (out / "poses.json").is_file()
 
 
-def test_lift_refuses_bad_input_before_it_writes(small: Path, picture: tuple[Path, Path], tmp_path: Path) -> None:
-    image, pose = picture
+def test_lift_refuses_bad_input_before_it_writes(small: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    image, pose = photo
     out, nowhere = tmp_path / "out", tmp_path / "nowhere"
     options = ("--checkpoint", small, "--out", out)
     _refused(f"image {nowhere}: no such file", "lift", image, nowhere, "--pose", pose, *options)
@@ -147,8 +148,8 @@ def test_lift_refuses_bad_input_before_it_writes(small: Path, picture: tuple[Pat
     assert not out.exists()
 
 
-def test_lift_keeps_the_users_own_files(small: Path, picture: tuple[Path, Path]) -> None:
-    image, pose = picture
+def test_lift_keeps_the_users_own_files(small: Path, photo: tuple[Path, Path]) -> None:
+    image, pose = photo
     own = pose.rename(pose.with_name("poses.json"))
     folder = image.parent
     before = own.read_bytes()
@@ -160,7 +161,7 @@ def test_lift_keeps_the_users_own_files(small: Path, picture: tuple[Path, Path])
     _refused(f"--out {image}: expected a folder, got a file", "lift", image, "--pose", own, "--out", image)
 
 
-@pytest.mark.parametrize("arguments", [("lift", "a.png"), ("lift", "--pose", "p.json"), ("demo", "--people", 0)])
+@pytest.mark.parametrize("arguments", [("lift",), ("lift", "--pose", "p.json"), ("demo", "--people", 0)])
 def test_usage_errors(arguments: tuple[object, ...]) -> None:
     result = _run(*arguments)
     assert result.exit_code == 2
@@ -190,10 +191,10 @@ def test_demo_and_train_demo_pass_their_options_on(tmp_path: Path, monkeypatch: 
 
 
 def test_a_demanded_backend_that_cannot_serve_is_the_users_mistake(
-    small: Path, picture: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, photo: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIFTBYIMAGE_BACKEND", "quantum")
-    image, pose = picture
+    image, pose = photo
     names = ", ".join(backend.name for backend in backends_of("attend_patches"))
     _refused(
         f"attend_patches: backend must be one of {names}, got 'quantum' (demanded by LIFTBYIMAGE_BACKEND)",
@@ -290,3 +291,112 @@ def test_doctor_survives_a_broken_build(monkeypatch: pytest.MonkeyPatch) -> None
             "cure": "`pip install --no-build-isolation -e .`",
         }
     ]
+
+
+PLACES = [(30 + 8 * step, 40) for step in range(5)] + [None]
+
+
+@pytest.fixture
+def pose_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that loads as the model that finds marked people."""
+    path = tmp_path / "pose.onnx"
+    path.write_bytes(b"")
+    monkeypatch.setattr(lift_command, "load_pose_model", lambda given: {path: MarkerModel()}[given])
+    return path
+
+
+def test_lift_with_a_pose_model(small: Path, pose_model: Path, tmp_path: Path) -> None:
+    images = [tmp_path / "a.png", tmp_path / "b.png"]
+    for image, at in zip(images, PLACES, strict=False):
+        assert cv2.imwrite(str(image), picture(at)[..., ::-1])
+    out = tmp_path / "out"
+    common = ("lift", *images, "--pose-model", pose_model, "--checkpoint", small, "--out", out)
+    result = _run(*common)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"Lifted 2 people: {out / 'poses.json'} and a picture of each beside it.\n"
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "poses.json"]
+    result = _run(*common, "--no-pictures", "--format", "npz", "--box", "-5,0,140.5,190")
+    assert result.stdout == f"Lifted 2 people: {out / 'poses.npz'}.\n"
+    _refused(f"image {images[0]}: the pose model saw nobody in it", *common, "--box", "0,0,20,20")
+
+
+def test_lift_with_a_detector_of_the_users(
+    small: Path, pose_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "people_finder.py").write_text(
+        "def nobody(image):\n    return []\ndef all(image):\n    return [[0, 0, 240, 190]]\n"
+    )
+    image, out = tmp_path / "a.png", tmp_path / "out"
+    assert cv2.imwrite(str(image), picture(PLACES[0])[..., ::-1])
+    common = ("lift", image, "--pose-model", pose_model, "--checkpoint", small, "--out", out, "--detector")
+    _refused(f"image {image}: the detector found nobody in it", *common, "people_finder:nobody")
+    _refused("detector people_finder: expected package.module:function", *common, "people_finder")
+    assert not out.exists()
+    assert _run(*common, "people_finder:all").exit_code == 0
+    assert (out / "poses.json").is_file()
+
+
+def test_lift_a_video(small: Path, pose_model: Path, tmp_path: Path) -> None:
+    clip, out = write_video(tmp_path / "clip.avi", PLACES), tmp_path / "out"
+    common = ("lift", clip, "--pose-model", pose_model, "--checkpoint", small, "--out", out)
+    result = _run(*common)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (
+        f"Lifted the person in 5 of 6 frames: {out / 'poses.json'} and {out / 'clip.mp4'}. Nobody was seen in the others.\n"
+    )
+    frames = json.loads((out / "poses.json").read_text(encoding="utf-8"))["frames"]
+    assert [frame["pose_3d"] is not None for frame in frames] == [True] * 5 + [False]
+    result = _run(*common, "--frames", "2:4", "--no-pictures", "--format", "npz")
+    assert result.stdout == f"Lifted the person in 2 of 2 frames: {out / 'poses.npz'}.\n"
+    assert _run(*common, "--frames", "4:").stdout.startswith("Lifted the person in 1 of 2 frames: ")
+
+
+def test_a_torn_video_says_how_much_could_be_read(small: Path, pose_model: Path, tmp_path: Path) -> None:
+    torn = write_video(tmp_path / "torn.avi", PLACES[:1] * 12)
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    result = _run("lift", torn, "--pose-model", pose_model, "--checkpoint", small, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(f" {torn} states 12 frames, but no more could be read.\n")
+
+
+def test_lift_refuses_options_that_do_not_go_together(
+    small: Path, photo: tuple[Path, Path], pose_model: Path, tmp_path: Path
+) -> None:
+    image, pose = photo
+    clip = write_video(tmp_path / "clip.avi", PLACES[:2])
+    common = ("--checkpoint", small, "--out", tmp_path / "out")
+    of_image, of_clip = ("lift", image, *common), ("lift", clip, *common)
+    found, given = ("--pose-model", pose_model), ("--pose", pose)
+    _refused("no 2D poses: give --pose FILE, or --pose-model FILE to find them", *of_image)
+    _refused("--pose and --pose-model both give the 2D poses: choose one", *of_image, *found, *given)
+    needs = "a video needs --pose-model FILE, which finds the 2D pose in every frame"
+    _refused(needs, *of_clip)
+    _refused(needs, *of_clip, *given)
+    _refused(f"expected pictures or one video, got the video {clip} among 2 files", *of_clip, image, *found)
+    looks = "says where a pose model looks: it needs --pose-model"
+    _refused(f"--box {looks}", *of_image, *given, "--box", "0,0,9,9")
+    _refused(f"--detector {looks}", *of_image, *given, "--detector", "a:b")
+    both = "--box and --detector both say where to look: choose one"
+    _refused(both, *of_image, *found, "--box", "0,0,9,9", "--detector", "a:b")
+    for text in ("1,2,3", "a,b,c,d", "5,5,1,9", "0,0,inf,1"):
+        message = f"--box: expected x0,y0,x1,y1 in px with x0 < x1 and y0 < y1, got {text}"
+        _refused(message, *of_image, *found, "--box", text)
+    _refused("--frames chooses frames of a video, got pictures", *of_image, *found, "--frames", "1:2")
+    message = "--frames: expected A:B, frame numbers from 0 of which either may be left out, got "
+    for text in ("3", "a:b", "-1:2"):
+        _refused(message + text, *of_clip, *found, "--frames", text)
+    _refused("--frames: expected A:B with A < B, got 3:3", *of_clip, *found, "--frames", "3:3")
+    message = f"video {clip}: has 2 frames, expected more than 7, the first one asked for"
+    _refused(message, *of_clip, *found, "--frames", "7:")
+    _refused("--format: expected json or npz, got csv", *of_image, *found, "--format", "csv")
+    missing, broken = tmp_path / "no.mp4", tmp_path / "broken.mp4"
+    broken.write_bytes(b"text")
+    _refused(f"video {missing}: no such file", "lift", missing, *common, *found)
+    _refused(f"video {broken}: not a video that OpenCV can read", "lift", broken, *common, *found)
+    _refused(
+        "--model context-aware-poseformer needs --checkpoint: the demonstration model is lift-by-image",
+        *("lift", image, *given, "--model", "context-aware-poseformer"),
+    )
+    assert not (tmp_path / "out" / "poses.json").exists()

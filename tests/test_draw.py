@@ -129,6 +129,13 @@ def test_truth_and_coarse_pose_beside_the_refined(person) -> None:
     assert colours.count(draw.TRUTH) == colours.count(draw.COARSE) == 16
 
 
+def test_without_patches_two_panels(person) -> None:
+    figure = draw.picture_of_person(**{**person, "importance": None, "index": None, "grid": None}, title="someone")
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert [title for title in titles if title] == ["input: crop and 2D pose", "3D pose"]
+    assert figure.get_figwidth() < draw.picture_of_person(**person).get_figwidth()
+
+
 def test_palette_stays_apart_in_blue() -> None:
     # Red-green blindness leaves the difference between blue and yellow.
     left, right, coarse = (np.array(to_rgb(c)) for c in (draw.LEFT, draw.RIGHT, draw.COARSE))
@@ -168,6 +175,8 @@ def test_failed_save_leaves_the_old_file_and_no_other(person, tmp_path: Path) ->
         ({"importance": np.zeros(190)}, "importance must be [192], got [190]"),
         ({"index": np.array([3, 192])}, "index must be [K] of patches 0 … 191, got 3 … 192"),
         ({"index": np.zeros((2, 2), dtype=int)}, "index must be [K] of patches 0 … 191, got [2, 2]"),
+        ({"importance": None}, "importance, index and grid must be given together, got no importance"),
+        ({"index": None, "grid": None}, "importance, index and grid must be given together, got no index and no grid"),
         ({"pose_3d": np.zeros((17, 2))}, "pose_3d must be [17, 3], got [17, 2]"),
         ({"truth_3d": np.zeros((1, 17, 3))}, "truth_3d must be [17, 3], got [1, 17, 3]"),
     ],

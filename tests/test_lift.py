@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from marked_person import ContextPipeline
 
 from liftbyimage import models
 from liftbyimage.data import (
@@ -215,3 +216,48 @@ def test_normalised_keypoints_are_refused(
     expected = f"image {image}: its keypoints span 1.0×1.0 px: are they pixels of this picture?"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         lift_images(pipeline, [image], {str(image): normalised})
+
+
+def test_a_lifter_without_patches(inputs, tmp_path: Path) -> None:
+    """The same path for a lifter with other pose inputs and a tensor for a pose, as Context-Aware PoseFormer."""
+    paths, poses = inputs
+    pipeline = ContextPipeline()
+    lifted = lift_images(pipeline, paths, poses, batch_size=2)
+    assert pipeline.batches == [2, 1]
+    for path, result in zip(paths, lifted, strict=True):
+        pose, image = poses[str(path)], read_image(path)
+        assert (result.coarse_pose_3d, result.importance, result.index, result.grid) == (None,) * 4
+        np.testing.assert_array_equal(result.pose_2d, pose.keypoints)
+        np.testing.assert_array_equal(result.box, pose.box)
+        size = np.array([image.shape[1::-1]])
+        inputs_2d = pipeline.lifter.pose_inputs(pose.keypoints[None], result.crop_matrix[None], size)
+        [expected] = pipeline(normalise_image(result.crop)[None], *inputs_2d).numpy()
+        np.testing.assert_allclose(result.pose_3d, expected - expected[0], atol=1e-5)
+    write_results(lifted, tmp_path / "out")
+    [entry, *_] = json.loads((tmp_path / "out" / "poses.json").read_text(encoding="utf-8"))["images"]
+    assert [entry[name] for name in ("coarse_pose_3d", "kept_patches", "patches")] == [None] * 3
+    assert entry["pose_2d"] == lifted[0].pose_2d.tolist()
+    assert entry["box"] == lifted[0].box.tolist()
+    height, width = read_image(tmp_path / "out" / "a.png").shape[:2]
+    assert width < 1.5 * height  # two panels, not four
+
+
+def test_arrays_on_disk(pipeline, inputs, tmp_path: Path) -> None:
+    paths, poses = inputs
+    lifted = lift_images(pipeline, paths, poses)
+    assert write_results(lifted, tmp_path / "out", pictures=False, format="npz") == tmp_path / "out" / "poses.npz"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["poses.npz"]
+    with np.load(tmp_path / "out" / "poses.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    assert arrays["image"].tolist() == [str(path) for path in paths]
+    assert arrays["joint_names"].tolist() == list(JOINT_NAMES)
+    for name in ("pose_2d", "box", "crop_matrix", "pose_3d", "coarse_pose_3d"):
+        np.testing.assert_array_equal(arrays[name], [getattr(result, name) for result in lifted])
+    write_results(lift_images(ContextPipeline(), paths, poses), tmp_path, pictures=False, format="npz")
+    with np.load(tmp_path / "poses.npz", allow_pickle=False) as file:
+        assert "coarse_pose_3d" not in file
+    write_results([], tmp_path / "none", format="npz")
+    with np.load(tmp_path / "none" / "poses.npz", allow_pickle=False) as file:
+        assert file["pose_3d"].shape == (0, 17, 3)
+    with pytest.raises(ValueError, match="^write_results: format must be one of json, npz, got 'csv'$"):
+        write_results(lifted, tmp_path, format="csv")
