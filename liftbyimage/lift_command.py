@@ -42,7 +42,7 @@ class Options:
 
 
 def run(options: Options, load_pipeline: Callable[[], Pipeline], console: Console) -> str:
-    """Lift what was asked for, and say so in a sentence. Nothing is written before everything could be read.
+    """Lift what was asked for, and say so in a sentence. No pose is written before all of them are known.
 
     Raises:
         ValueError: one sentence on options that do not go together or files that do not serve.

@@ -344,7 +344,8 @@ def test_lift_a_video(small: Path, pose_model: Path, tmp_path: Path) -> None:
     result = _run(*common)
     assert result.exit_code == 0, result.output
     assert result.stdout == (
-        f"Lifted the person in 5 of 6 frames: {out / 'poses.json'} and {out / 'clip.mp4'}. Nobody was seen in the others.\n"
+        f"Lifted the person in 5 of 6 frames: {out / 'poses.json'} and {out / 'clip.mp4'}. "
+        "Nobody was seen in the others.\n"
     )
     frames = json.loads((out / "poses.json").read_text(encoding="utf-8"))["frames"]
     assert [frame["pose_3d"] is not None for frame in frames] == [True] * 5 + [False]
