@@ -27,6 +27,7 @@ from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.metrics import root_relative
 from liftbyimage.models import Pipeline
 
+SKELETON = "human3.6m"
 FORMATS = ("json", "npz")
 UNITS, AXES = "metres", "camera: x right, y down, z forward; relative to the pelvis"
 
@@ -113,6 +114,9 @@ def check_skeleton(function: str, pipeline: Pipeline) -> None:
     joints = pipeline.lifter.config.num_joints
     if joints != len(JOINT_NAMES):
         raise ValueError(f"{function}: pipeline must lift {len(JOINT_NAMES)} joints, got one for {joints}")
+    skeleton = getattr(pipeline.lifter.config, "skeleton", SKELETON)
+    if skeleton != SKELETON:
+        raise ValueError(f"{function}: pipeline must lift the skeleton {SKELETON}, got one for {skeleton}")
 
 
 def _crop(path: Path, pose: ImagePose) -> PersonCrop:

@@ -154,6 +154,13 @@ def test_pipeline_of_another_skeleton(inputs) -> None:
     with pytest.raises(ValueError, match="^lift_images: pipeline must lift 17 joints, got one for 16$"):
         lift_images(models.Pipeline(models.TinyEncoder(), lifter), *inputs)
 
+    other = ContextPipeline()
+    other.lifter.config.skeleton = "mpi-inf-3dhp"
+    with pytest.raises(
+        ValueError, match=r"^lift_images: pipeline must lift the skeleton human3\.6m, got one for mpi-inf-3dhp$"
+    ):
+        lift_images(other, *inputs)
+
 
 def test_broken_weights(inputs) -> None:
     paths, poses = inputs
