@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -87,10 +88,10 @@ def _run_pictures(options: Options, load_pipeline: Callable[[], Pipeline]) -> st
         pipeline = load_pipeline()
     else:
         assert options.pose_model is not None
-        box, detect = _box(options.box), options.detector and load_detector(options.detector)
+        where = _where_to_look(options)
         pose_model = load_pose_model(options.pose_model)
         pipeline = load_pipeline()
-        poses = find_poses(pose_model, images, box, detect or None)
+        poses = find_poses(pose_model, images, **where)
     results = lift_images(pipeline, images, poses)
     written = write_results(results, options.out, options.pictures, options.format)
     people = "1 person" if len(results) == 1 else f"{len(results)} people"
@@ -101,9 +102,9 @@ def _run_video(options: Options, path: Path, load_pipeline: Callable[[], Pipelin
     assert options.pose_model is not None
     video = open_video(path)
     first, end = _frame_range(options.frames)
-    box, detect = _box(options.box), options.detector and load_detector(options.detector)
+    where = _where_to_look(options)
     pose_model = load_pose_model(options.pose_model)
-    lifted = lift_video(load_pipeline(), read_frames(path, first, end), pose_model, box=box, detect=detect or None)
+    lifted = lift_video(load_pipeline(), read_frames(path, first, end), pose_model, **where)
     total = None if video.frames is None else max(0, min(video.frames, end or video.frames) - first)
     shown = track(lifted, "Lifting", total=total, console=console, disable=not console.is_terminal)
     results = write_video_results(shown, video, options.out, options.pictures, options.format)
@@ -119,6 +120,11 @@ def _summary(results: VideoResults, video: Video, expected: int | None) -> str:
     if expected is not None and results.frames < 0.98 * expected - 1:
         text += f" {video.path} states {expected} frames, but no more could be read."
     return text
+
+
+def _where_to_look(options: Options) -> dict[str, Any]:
+    detect = None if options.detector is None else load_detector(options.detector)
+    return {"box": _box(options.box), "detect": detect}
 
 
 def _box(text: str | None) -> np.ndarray | None:

@@ -70,7 +70,7 @@ def is_video(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     if path.suffix.lower() in SUFFIXES:
         return True
-    return path.is_file() and not cv2.haveImageReader(str(path)) and cv2.VideoCapture(str(path)).isOpened()
+    return path.is_file() and not cv2.haveImageReader(str(path)) and _capture(path).isOpened()
 
 
 def open_video(path: str | os.PathLike[str]) -> Video:
@@ -86,9 +86,15 @@ def open_video(path: str | os.PathLike[str]) -> Video:
     return Video(path, fps if 0 < fps < np.inf else None, int(frames) if 0 < frames < 2**53 else None)
 
 
+def _capture(path: Path) -> cv2.VideoCapture:
+    # What FFmpeg prints about a broken file is said here in one sentence; it reads this when it is first used.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    return cv2.VideoCapture(str(path))
+
+
 def _open(path: Path) -> cv2.VideoCapture:
     require_file(f"video {path}", path)
-    capture = cv2.VideoCapture(str(path))
+    capture = _capture(path)
     if not capture.isOpened():
         raise ValueError(f"video {path}: not a video that OpenCV can read")
     return capture
