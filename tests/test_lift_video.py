@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,23 @@ def test_holds_no_more_than_a_batch(clip: Path) -> None:
     assert taken == 8
 
 
+def test_numbers_are_kept_and_pictures_let_go(lifted: list[LiftedFrame], clip: Path, tmp_path: Path) -> None:
+    kept: list[weakref.ref[np.ndarray]] = []
+
+    def fresh() -> Iterator[LiftedFrame]:
+        for each in lifted:
+            image = each.frame.image.copy()
+            kept.append(weakref.ref(image))
+            frame = Frame(each.frame.number, each.frame.time, image)
+            del image
+            yield LiftedFrame(frame, each.pose, each.pose_3d)
+            del frame
+            assert sum(reference() is not None for reference in kept) <= 1
+
+    write_video_results(fresh(), open_video(clip), tmp_path)
+    assert len(kept) == len(lifted)
+
+
 def test_lifting_by_image_serves_too(clip: Path) -> None:
     torch.manual_seed(1)
     lifter = models.LiftByImage(models.LiftByImageConfig(dim=32, heads=4))
@@ -224,6 +242,15 @@ def test_a_failure_leaves_what_was_there(clip: Path, lifted: list[LiftedFrame], 
         write_video_results(torn(), open_video(clip), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["poses.json", "walk.mp4"]
     assert all((tmp_path / name).read_bytes() == b"old" for name in ("poses.json", "walk.mp4"))
+
+
+def test_a_drawing_that_cannot_be_written(
+    clip: Path, lifted: list[LiftedFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *letters: -2)
+    with _refused(f"video {tmp_path / 'walk.mp4'}: OpenCV cannot write it"):
+        write_video_results(lifted, open_video(clip), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_drawing_never_replaces_the_video(lifted: list[LiftedFrame], tmp_path: Path) -> None:
