@@ -401,3 +401,30 @@ def test_lift_refuses_options_that_do_not_go_together(
         *("lift", image, *given, "--model", "context-aware-poseformer"),
     )
     assert not (tmp_path / "out" / "poses.json").exists()
+
+
+def test_lift_with_a_published_context_aware_poseformer(
+    photo: tuple[Path, Path], pose_model: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(7)
+    lifter = models.build("context-aware-poseformer")
+    parts = {"backbone": models.HRNet(32, num_joints=None), "volume_net": lifter}
+    weights = {f"module.{part}.{name}": value for part in parts for name, value in parts[part].state_dict().items()}
+    published, out = tmp_path / "published.bin", tmp_path / "out"
+    torch.save({"model": weights}, published)
+    clip, (image, pose) = write_video(tmp_path / "clip.avi", PLACES), photo
+    options = ("--checkpoint", published, "--model", "context-aware-poseformer", "--out", out)
+    result = _run("lift", image, "--pose", pose, *options)
+    assert result.exit_code == 0, result.output
+    [entry] = json.loads((out / "poses.json").read_text(encoding="utf-8"))["images"]
+    assert [entry[name] for name in ("coarse_pose_3d", "kept_patches", "patches")] == [None] * 3
+    assert entry["pose_3d"][0] == [0, 0, 0]
+    assert (out / entry["picture"]).is_file()
+    result = _run("lift", clip, "--pose-model", pose_model, *options)
+    assert result.exit_code == 0, result.output
+    frames = json.loads((out / "poses.json").read_text(encoding="utf-8"))["frames"]
+    assert [frame["pose_3d"] is not None for frame in frames] == [True] * 5 + [False]
+    _refused(
+        f"checkpoint {published}: lifter must be 'lift-by-image', got 'context-aware-poseformer'",
+        *("lift", image, "--pose", pose, "--checkpoint", published, "--model", "lift-by-image", "--out", out),
+    )
