@@ -1,5 +1,7 @@
 """Context-Aware PoseFormer against its plain PyTorch twin, its published names and numbers, and its promises."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from liftbyimage.models import ContextAwarePoseFormer, ContextAwarePoseFormerCon
 from liftbyimage.models.context_aware_poseformer import config_of
 from liftbyimage.nn import TokenBlock
 from liftbyimage.reference import ReferenceContextAwarePoseFormer
-from liftbyimage.testing import assert_close
+from liftbyimage.testing import assert_close, spy
 
 SMALL = ContextAwarePoseFormerConfig(channels=(6, 10), dim=24, heads=4, context_heads=2, samples=3, depth=2)
 NO_CONTEXT = ContextAwarePoseFormerConfig.mpi_inf_3dhp(32)
@@ -87,6 +89,22 @@ def test_published_size(batch):
         assert_equal_to({"pose": expected["pose"]}, {"pose": lifter(*arguments)}, 1e-9)
         plain = reference.float()(*single)
         assert_close("pose", lifter.float()(*single), expected["pose"], plain, torch.float32)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_composed_of_smaller_ops_where_no_kernel_fuses(training, monkeypatch):
+    """As on a GPU, where samples are read and tokens attended by kernels of their own."""
+    lifter, reference = twins(SMALL, torch.float64)
+    maps, *poses = inputs(SMALL, 3, torch.float64)
+    arguments = (maps, *(pose.requires_grad_() for pose in poses))
+    expected = outputs_and_gradients(reference.train(training), arguments, seed=2)
+    for block in ("token_block", "context_block"):
+        monkeypatch.setattr(importlib.import_module(f"liftbyimage.nn.{block}"), "has_kernel", lambda *args: False)
+    ran = {}
+    with spy("attend_tokens", monkeypatch) as ran["tokens"], spy("sample_context", monkeypatch) as ran["context"]:
+        assert_equal_to(expected, outputs_and_gradients(lifter.train(training), arguments, seed=2), 1e-9)
+    assert len(ran["tokens"]) == 2 * SMALL.depth
+    assert len(ran["context"]) == SMALL.depth + 1
 
 
 def test_bfloat16_is_near_single_precision():

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from liftbyimage.nn.attention import check_heads
 from liftbyimage.nn.token_block import Mlp, draw_branch_scale, feed_forward
 from liftbyimage.ops import residual_context, sample_context
+from liftbyimage.ops._dispatch import autocast, has_kernel
+from liftbyimage.ops.residual_context import BACKENDS
 
 
 class ContextBlock(nn.Module):
     """levels + what each joint reads from its level's map; then a feed-forward. Levels do not mix.
 
-    Where no gradient is wanted the first half is one fused op; for training it is composed of `ops.sample_context` and
-    PyTorch's layers. Either way samples are weighted and summed before they are projected, which their weights' sum of
+    Where no gradient is wanted and a kernel serves, the first half is one fused op; else it is composed of
+    `ops.sample_context` and PyTorch's layers. Either way samples are weighted and summed before they are projected, which their weights' sum of
     1 makes exact. Parameters have the published names.
 
     Args:
@@ -65,10 +67,11 @@ class ContextBlock(nn.Module):
     def forward(self, levels: Tensor, pose: Tensor, reference: Tensor, feature_maps: Sequence[Tensor]) -> Tensor:
         """levels [B, L, J, D], pose [B, J, D], reference [B, J, 2] in [-1, 1], L maps [B, C_l, H_l, W_l] → levels"""
         drop_path = self.drop_path if self.training else 0.0
-        if torch.is_grad_enabled() or drop_path > 0:
-            levels = self._read(levels, pose, reference, feature_maps, drop_path)
-        else:
+        inference = not torch.is_grad_enabled() and drop_path == 0
+        if inference and has_kernel(BACKENDS, *autocast(levels)):
             levels = self._read_at_once(levels, pose, reference, feature_maps)
+        else:
+            levels = self._read(levels, pose, reference, feature_maps, drop_path)
         tokens = levels.flatten(1, 2)  # [B, L · J, D]
         scale = draw_branch_scale(tokens, drop_path)
         return feed_forward(tokens, self.norm2, self.mlp, scale).view_as(levels)

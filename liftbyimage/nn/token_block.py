@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from liftbyimage.nn.attention import check_heads
-from liftbyimage.ops import residual_attention, residual_feed_forward
+from liftbyimage.ops import attend_tokens, residual_attention, residual_feed_forward
+from liftbyimage.ops._dispatch import autocast, has_kernel
+from liftbyimage.ops.residual_attention import BACKENDS
 
 PUBLISHED_EPS = 1e-6  # of these blocks' layer norms; elsewhere PyTorch's 1e-5
 
@@ -43,7 +45,8 @@ def draw_branch_scale(tokens: Tensor, drop_path: float) -> Tensor | None:
 
 
 class TokenBlock(nn.Module):
-    """tokens + attention(norm1(tokens)), then the same with a feed-forward, on two fused ops.
+    """tokens + attention(norm1(tokens)), then the same with a feed-forward: two fused ops, or, where the
+    first has no kernel, PyTorch's layers about `ops.attend_tokens`.
 
     Its numbers equal torch.nn.TransformerEncoderLayer(dim, heads, mlp_ratio · dim, dropout=0, activation="gelu",
     norm_first=True, batch_first=True, layer_norm_eps=1e-6) with the same weights.
@@ -65,11 +68,16 @@ class TokenBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T, D] → [B, T, D]"""
         drop_path = self.drop_path if self.training else 0.0
-        attn, norm = self.attn, self.norm1
-        weights = (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
-        scale = draw_branch_scale(tokens, drop_path)
-        tokens = residual_attention(tokens, norm.weight, norm.bias, *weights, scale, heads=self.heads, eps=norm.eps)
+        tokens = self._attend(tokens, draw_branch_scale(tokens, drop_path))
         return feed_forward(tokens, self.norm2, self.mlp, draw_branch_scale(tokens, drop_path))
+
+    def _attend(self, tokens: Tensor, branch_scale: Tensor | None) -> Tensor:
+        norm, attn = self.norm1, self.attn
+        if has_kernel(BACKENDS, *autocast(tokens)):
+            weights = (norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
+            return residual_attention(tokens, *weights, branch_scale, heads=self.heads, eps=norm.eps)
+        branch = attn.proj(attend_tokens(attn.qkv(norm(tokens)), heads=self.heads))
+        return tokens + (branch if branch_scale is None else branch * branch_scale[:, None, None])
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, drop_path={self.drop_path:g}"
