@@ -21,7 +21,7 @@ namespace liftbyimage::cpu {
 // while more fresh memory would cost more page faults.
 constexpr int64_t chunk_rows = 32 * 18;
 // Tiles of a product: packing their operands is a small part of the work of large ones (BLAS reaches 102 GFLOP/s a core
-// with these, 98 with a third of them); a small product is cut finer, into about four.
+// with 272 × 640, 98 with 272 × 320); a small product is cut finer, into about four.
 constexpr int64_t most_tile_rows = 320, least_tile_rows = 64, most_tile_columns = 640;
 
 // `most` or a little less, so that pieces are alike.
@@ -57,7 +57,8 @@ void tiled_product(Transpose transpose_a, Transpose transpose_b, int64_t m, int6
 template <typename T>
 void tiled_product(Transpose transpose_a, Transpose transpose_b, int64_t m, int64_t n, int64_t k, const T* a,
                    int64_t lda, const T* b, int64_t ldb, bool add, T* c, int64_t ldc) {
-  tiled_product(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, add, c, ldc, [](int64_t, int64_t, int64_t, int64_t) {});
+  tiled_product(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, add, c, ldc,
+                [](int64_t, int64_t, int64_t, int64_t) {});
 }
 
 // target [columns] += Σ over rows of f(row, column, count), a vector of the values there. Partial sums of a few rows

@@ -302,7 +302,8 @@ constexpr int64_t inputs_per_lane<c10::BFloat16> = 0;  // no such products
 
 template <typename S>
 bool is_packed(int64_t inputs) {
-  return inputs_per_lane<S> > 0 && inputs <= most_packed_inputs && inputs % std::max<int64_t>(1, inputs_per_lane<S>) == 0;
+  constexpr int64_t unit = inputs_per_lane<S>;
+  return unit > 0 && inputs <= most_packed_inputs && inputs % std::max<int64_t>(1, unit) == 0;
 }
 
 // The panel of `columns` rows of W, filled up with zeros.

@@ -15,7 +15,8 @@
 
 // The pieces of transformer blocks over the few tokens of a sample, T = float or double:
 //   for_groups, for_columns   who computes what
-//   Linear                    pack (weights of few inputs, once per call), for_linear (any use of its rows), apply_linear (with a residual)
+//   Linear                    pack (weights of few inputs, once per call), for_linear (any use of its rows),
+//                             apply_linear (with a residual)
 //   LayerNorm                 normalize_row (with its statistics), normalize_rows in place
 //   gelu_row
 //   KeptSamples               stochastic depth: those whose branch is computed
