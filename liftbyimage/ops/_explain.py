@@ -17,10 +17,10 @@ OPS = (
     "joint_queries",
     "update_joints",
     "sample_context",
-    "attend_tokens",
-    "residual_feed_forward",
-    "residual_attention",
     "residual_context",
+    "attend_tokens",
+    "residual_attention",
+    "residual_feed_forward",
 )
 
 
