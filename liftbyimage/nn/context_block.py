@@ -19,8 +19,8 @@ class ContextBlock(nn.Module):
     """levels + what each joint reads from its level's map; then a feed-forward. Levels do not mix.
 
     Where no gradient is wanted and a kernel serves, the first half is one fused op; else it is composed of
-    `ops.sample_context` and PyTorch's layers. Either way samples are weighted and summed before they are projected, which
-    their weights' sum of 1 makes exact. Parameters have the published names.
+    `ops.sample_context` and PyTorch's layers. Either way samples are weighted and summed before they are projected,
+    which their weights' sum of 1 makes exact. Parameters have the published names.
 
     Args:
         dim: token width D, a multiple of `heads`.
