@@ -121,7 +121,10 @@ class ResidualAttentionBackward {
 
   void run() const {
     const int64_t width = branch.width, samples = branch.kept.size();
-    const int64_t most = std::min(samples, std::max<int64_t>(1, chunk_rows / branch.count)) * branch.count;
+    if (samples == 0) {
+      return;
+    }
+    const int64_t most = even_piece(samples, std::max<int64_t>(1, chunk_rows / branch.count)) * branch.count;
     const Buffer<T> scratch = uninitialized<T>(most * 8 * width);
     T* grad_branch = scratch.get();                     // [rows, D]
     T* normalized = grad_branch + most * width;         // [rows, D]
