@@ -445,7 +445,7 @@ def call(op, **changes):
         ("attend_tokens", {"heads": 4}, ValueError, "heads must be an int >= 1 that divides D = 6, got 4"),
         ("attend_tokens", {"heads": True}, TypeError, "heads must be an int >= 1 that divides D = 6, got bool"),
         ("attend_tokens", {"scale": float("nan")}, ValueError, "scale must be a finite float or None, got nan"),
-        ("attend_tokens", {"backend": "cuda"}, ValueError, "backend must be one of cpu, reference, got 'cuda'"),
+        ("attend_tokens", {"backend": "cuda"}, ValueError, "backend must be one of cpu, triton, reference, got 'cuda'"),
         ("residual_attention", {"tokens": 1}, TypeError, "tokens must be a tensor [B, T, D], got int"),
         (
             "residual_attention",
