@@ -111,7 +111,7 @@ def _fake_forward(
 
 
 def _fake_backward(grad_updated: Tensor, *rest: Any) -> list[Tensor]:
-    *inputs, _, _, _, wanted = rest
+    *inputs, _, _, wanted = rest
     return [tensor.new_empty(tensor.shape) for tensor in wanted_of(inputs, wanted)]
 
 
