@@ -164,6 +164,9 @@ def _sample_calls(device: str) -> dict[str, tuple[Tensor, ...]]:
         "attend_tokens": (rows,),
         "residual_attention": (rows,),
         "residual_feed_forward": (rows,),
+        "attend_tokens": (rows.repeat(1, 1, 3),),
+        "residual_feed_forward": (rows,),
+        "residual_attention": (rows,),
     }
 
 
