@@ -161,12 +161,9 @@ def _sample_calls(device: str) -> dict[str, tuple[Tensor, ...]]:
         "update_joints": (rows, query),
         "sample_context": (torch.zeros(batch, 1, joints, heads, 4, 2, device=device),),
         "residual_context": (rows,),
-        "attend_tokens": (rows,),
-        "residual_attention": (rows,),
-        "residual_feed_forward": (rows,),
         "attend_tokens": (rows.repeat(1, 1, 3),),
-        "residual_feed_forward": (rows,),
         "residual_attention": (rows,),
+        "residual_feed_forward": (rows,),
     }
 
 

@@ -383,6 +383,7 @@ def test_compile_fullgraph(op, backend):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile_chooses_the_backend_and_keeps_one_tensor_one(op):
+    torch.compiler.reset()  # as above
     case = CASES[op][-1] if op == "prune_patches" else Case("one", value_is_key=True, patches_is_key=True)
     inputs = make_inputs(op, case, torch.float32)
     compiled = torch.compile(lambda **arguments: getattr(ops, op)(**arguments)[0], fullgraph=True)
