@@ -1,4 +1,4 @@
-"""Train Context-Aware PoseFormer on real crops of four cameras, lift instants it has not seen, and draw one of them.
+"""Train Context-Aware PoseFormer on real crops of four cameras, lift instants it has not seen, and draw one.
 
     python docs/lifted_person.py ../shared/data/pose2sim docs/images/lifted_person.png
 
@@ -25,7 +25,7 @@ from liftbyimage.metrics import mpjpe, p_mpjpe, root_relative
 from liftbyimage.models import ContextAwarePoseFormer, ContextAwarePoseFormerConfig
 
 CHANNELS = (40, 80, 160, 320)
-STEPS, BATCH, SHOWN = 300, 16, 20
+STEPS, BATCH = 300, 16
 
 
 def read(folder: Path) -> tuple[Pose2SimDataset, list[Tensor], Tensor]:
@@ -97,14 +97,15 @@ def main(folder: Path, picture: Path) -> None:
     for name, pose in (("mean training pose", held.mean_pose.expand_as(held.truth)), ("lifted", held.lifted)):
         errors = (1000 * metric(pose, held.truth).item() for metric in (mpjpe, p_mpjpe))
         print("{}: MPJPE {:.0f} mm, P-MPJPE {:.0f} mm".format(name, *errors))
-    crop = int(held.crop[SHOWN])
+    shown = int(mpjpe(held.lifted, held.truth, reduction="none").argsort()[len(held.crop) // 2])
+    crop = int(held.crop[shown])
     print(f"crop {crop}, lifted; metres from the pelvis, x right, y down, z forward:")
-    for name, joint in zip(JOINT_NAMES, held.lifted[SHOWN].tolist(), strict=True):
+    for name, joint in zip(JOINT_NAMES, held.lifted[shown].tolist(), strict=True):
         print("{:15} {:6.3f} {:6.3f} {:6.3f}".format(name, *joint))
     white = np.full((*CROP_SIZE, 3), 255, dtype=np.uint8)
-    title = f"crop {crop}, of an instant not trained on"
-    poses = held.lifted[SHOWN], None, held.truth[SHOWN]
-    save_figure(picture_of_person(white, held.pose_crop[SHOWN], None, None, None, *poses, title=title), picture)
+    title = f"crop {crop}, not trained on; of median error"
+    poses = held.lifted[shown], None, held.truth[shown]
+    save_figure(picture_of_person(white, held.pose_crop[shown], None, None, None, *poses, title=title), picture)
 
 
 if __name__ == "__main__":
