@@ -15,6 +15,7 @@ import torch
 from machine import DEVICE, DTYPE
 from measurement import Measurement
 from torch import Tensor, nn
+from torch.nn import functional as F
 from workload import FORWARD, TRAINING, Implementation, Setting, Workload
 
 from liftbyimage.models import ContextAwarePoseFormer, ContextAwarePoseFormerConfig
@@ -31,6 +32,12 @@ SMOKE = [Setting(2, 48, 32, direction, central=True) for direction in (FORWARD, 
 
 def config(setting: Setting) -> ContextAwarePoseFormerConfig:
     return ContextAwarePoseFormerConfig(dim=setting.D)
+
+
+def _smooth_map(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A map whose neighbours resemble each other, as a network's do: in noise, bfloat16 places read other values."""
+    coarse = torch.randn(*shape[:2], *(-(-side // 4) for side in shape[2:]), generator=generator)
+    return F.interpolate(coarse, shape[2:], mode="bilinear")
 
 
 class _Flat:
@@ -50,6 +57,11 @@ class Reference(_Flat, ReferenceContextAwarePoseFormer):
     def __init__(self, sizes: ContextAwarePoseFormerConfig) -> None:
         super().__init__(sizes)
         nn.init.normal_(self.Spatial_pos_embed)  # it starts at zero
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        if inputs[0].dtype == torch.bfloat16:  # channels-last, F.grid_sample gives NaN there (PyTorch 2.13, CPU)
+            inputs = tuple(tensor.contiguous() for tensor in inputs)
+        return super().forward(*inputs)
 
 
 class HalfPrecision(Lifter):
@@ -94,7 +106,7 @@ def workload(setting: Setting) -> Workload:
 
     def inputs(generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
         maps = [
-            torch.randn(batch, channels, *grid, generator=generator)
+            _smooth_map((batch, channels, *grid), generator)
             for channels, grid in zip(sizes.channels, grids, strict=True)
         ]
         poses = [torch.rand(batch, joints, 2, generator=generator) * 2 - 1 for _ in range(2)]

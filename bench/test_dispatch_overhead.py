@@ -6,7 +6,7 @@ Every call sees the same cached tensors, because the overhead is what is sought.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import machine
@@ -20,10 +20,10 @@ from workload import dtype_name
 
 from liftbyimage import ops
 from liftbyimage.ops._explain import OPS, backends_of
-from liftbyimage.testing import Case, make_inputs
+from liftbyimage.testing import Case, differentiable, make_inputs
 
 TINY = Case("tiny", B=1, H=1, J=1, P=8, E=8, F=8, D=8, K=2, value_is_key=True)
-EPS = 1e-5  # of the joint ops' layer norms, their default
+EPS = 1e-5  # of the layer norms, their default
 CALLS_PER_ROUND = 200
 ROUNDS = 30
 REFERENCE, RAW, PUBLIC, RECORDED = "reference", "kernel op", "public function", "public function with autograd"
@@ -37,6 +37,14 @@ def _bare_arguments(op: str, inputs: Inputs) -> list[Any]:
         return list(inputs.values())
     if op in ("joint_queries", "update_joints"):
         return [*inputs.values(), EPS]
+    if op == "residual_context":
+        return [*inputs.values(), EPS]
+    if op == "sample_context":
+        return [*list(inputs.values())[:-1], inputs["padding"] == "zeros"]
+    if op == "residual_feed_forward":
+        return [*inputs.values(), None, EPS, False]
+    if op == "residual_attention":
+        return [*list(inputs.values())[:-1], None, inputs["heads"], EPS, False]
     if op == "attend_tokens":
         return [inputs["query_key_value"], TINY.H, (TINY.D // TINY.H) ** -0.5]
     query, scale = inputs["query"], TINY.E**-0.5
@@ -59,6 +67,10 @@ def _call(op: str, kind: str, backend: str, inputs: Inputs) -> Callable[[], Any]
     return lambda: public(**inputs, backend=name)
 
 
+def _listed(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else outputs
+
+
 def _rows() -> list[Any]:
     rows = []
     for op in OPS:
@@ -73,11 +85,10 @@ def _rows() -> list[Any]:
 def test_dispatch_overhead(measure: Measurement, op: str, kind: str, backend: str) -> None:
     inputs = make_inputs(op, TINY, DTYPE, DEVICE)
     if kind == RECORDED:
-        leaves = {id(t): t.detach().requires_grad_() for t in inputs.values() if isinstance(t, Tensor)}
-        inputs = {name: leaves.get(id(value), value) for name, value in inputs.items()}
+        inputs = differentiable(inputs, DTYPE)
     call = _call(op, kind, backend, inputs)
-    expected = getattr(ops, op)(**inputs, backend="reference")
-    for actual, correct in zip(call(), expected, strict=False):  # the kernel op also returns the log-sum-exp
+    expected = _listed(getattr(ops, op)(**inputs, backend="reference"))
+    for actual, correct in zip(_listed(call()), expected, strict=False):  # a kernel op also returns what backward needs
         if correct is not None:
             torch.testing.assert_close(actual, correct)
     facts = {

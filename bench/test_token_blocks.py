@@ -140,7 +140,7 @@ def workload(block: Tokens, frames: int, direction: str) -> Workload:
 
     return Workload(
         op=f"feed-forward of a {block}",
-        setting=Setting(batch, block.length, block.dim, direction, central=True),
+        setting=Setting(batch, block.length, block.dim, direction, central=frames == 8),
         reference=lambda setting: FeedForward(setting.D),
         inputs=inputs,
         outputs=("tokens",),
