@@ -62,7 +62,13 @@ TORCH_LIBRARY(liftbyimage, m) {
   m.def(
       "residual_context_forward(Tensor tokens, Tensor pose, Tensor reference, Tensor[] feature_maps,"
       " Tensor norm_weight, Tensor norm_bias, Tensor weights_weight, Tensor weights_bias, Tensor offsets_weight,"
-      " Tensor offsets_bias, Tensor[] embed_weights, Tensor[] embed_biases, int heads, float eps) -> Tensor");
+      " Tensor offsets_bias, Tensor[] embed_weights, Tensor[] embed_biases, Tensor? branch_scale, int heads,"
+      " float eps) -> Tensor");
+  m.def(
+      "residual_context_backward(Tensor grad_tokens, Tensor tokens, Tensor pose, Tensor reference,"
+      " Tensor[] feature_maps, Tensor norm_weight, Tensor norm_bias, Tensor weights_weight, Tensor weights_bias,"
+      " Tensor offsets_weight, Tensor offsets_bias, Tensor[] embed_weights, Tensor[] embed_biases,"
+      " Tensor? branch_scale, int heads, float eps, bool[] wanted) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
@@ -85,6 +91,7 @@ TORCH_LIBRARY_IMPL(liftbyimage, CPU, m) {
   m.impl("residual_attention_forward", &liftbyimage::cpu::residual_attention_forward);
   m.impl("residual_attention_backward", &liftbyimage::cpu::residual_attention_backward);
   m.impl("residual_context_forward", &liftbyimage::cpu::residual_context_forward);
+  m.impl("residual_context_backward", &liftbyimage::cpu::residual_context_backward);
 }
 
 namespace {

@@ -201,6 +201,10 @@ _RESIDUAL_CASES = (
     Case("strided", layout="strided", D=32),
     Case("expanded", layout="expanded", B=3),
     Case("outside", magnitude=3.0, D=32),
+    Case("scaled", B=3, D=32, dropped=0),
+    Case("some_dropped", B=9, J=5, D=32, dropped=4),
+    Case("all_dropped", B=3, D=32, dropped=3),
+    Case("many_parts", B=37, J=3, D=24, maps=((20, 5, 4), (33, 2, 3)), dropped=1),
 )
 
 CASES: dict[str, tuple[Case, ...]] = {
@@ -368,7 +372,7 @@ def _residual_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
         values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5
         return values
 
-    return {
+    inputs: dict[str, Any] = {
         "tokens": draw(case.B, len(case.maps), case.J, dim),
         "pose": draw(case.B, case.J, dim),
         "reference": draw(case.B, case.J, 2) * 0.4,
@@ -383,6 +387,9 @@ def _residual_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
         "embed_biases": [weight(head) for _ in case.maps],
         "heads": case.H,
     }
+    if case.dropped is not None:
+        inputs["branch_scale"] = _branch_scale(case, inputs["tokens"])
+    return inputs
 
 
 def _sampling_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:

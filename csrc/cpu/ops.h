@@ -118,6 +118,15 @@ at::Tensor residual_context_forward(const at::Tensor& tokens, const at::Tensor& 
                                     const at::Tensor& norm_bias, const at::Tensor& weights_weight,
                                     const at::Tensor& weights_bias, const at::Tensor& offsets_weight,
                                     const at::Tensor& offsets_bias, at::TensorList embed_weights,
-                                    at::TensorList embed_biases, int64_t heads, double eps);
+                                    at::TensorList embed_biases, const OptionalTensor& branch_scale, int64_t heads,
+                                    double eps);
+
+// -> gradients of the wanted among the forward's tensors, in their order; branch_scale has none
+std::vector<at::Tensor> residual_context_backward(
+    const at::Tensor& grad_tokens, const at::Tensor& tokens, const at::Tensor& pose, const at::Tensor& reference,
+    at::TensorList feature_maps, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+    const at::Tensor& weights_weight, const at::Tensor& weights_bias, const at::Tensor& offsets_weight,
+    const at::Tensor& offsets_bias, at::TensorList embed_weights, at::TensorList embed_biases,
+    const OptionalTensor& branch_scale, int64_t heads, double eps, c10::List<bool> wanted);
 
 }  // namespace liftbyimage::cpu

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 #include <vector>
 
@@ -159,15 +160,10 @@ class SampleContext {
     for (int64_t joint = b * shape_.joints; joint < (b + 1) * shape_.joints; ++joint) {
       corners.find(grad_map, reference_ + 2 * joint, offsets_ + 2 * first_place(joint, level), zeros_);
       for (int64_t head = 0; head < shape_.heads; ++head) {
-        if (!known(corners, head)) {
-          continue;
-        }
         at::vec::convert(grad_contexts + (joint * shape_.heads + head) * grad_map.channels, row.data(),
                          grad_map.channels);
-        corners.weigh(head * shape_.samples, shape_.samples, weights_of(joint, level, head), factors.data());
-        for (int64_t k = 0; k < 4 * shape_.samples; ++k) {
-          scale_row(corners.rows(head * shape_.samples)[k], row.data(), factors[k], grad_map.channels, true);
-        }
+        scatter_sum(corners, head * shape_.samples, shape_.samples, weights_of(joint, level, head), row.data(),
+                    grad_map.channels, factors.data());
       }
     }
   }
@@ -185,38 +181,19 @@ class SampleContext {
     }
   }
 
-  template <typename M>
-  bool known(const Corners<M, T>& corners, int64_t head) const {
-    bool all = true;
-    for (int64_t s = 0; s < shape_.samples; ++s) {
-      all = all && corners.known(head * shape_.samples + s);
-    }
-    return all;
-  }
-
   void place_gradients(const Corners<const S, T>& corners, const T* grad, int64_t joint, int64_t level, int64_t head,
                        S* grad_offsets, S* grad_weights) const {
-    const bool all_known = known(corners, head);
-    for (int64_t s = 0; s < shape_.samples; ++s) {
-      const int64_t place = head * shape_.samples + s, index = first_place(joint, level) + place;
-      T values[4], weight_gradient = 0;
-      std::array<T, 2> gradient{};
-      if (all_known) {
-        corner_products(corners.rows(place), grad, shape_.channels[level], values);
-        gradient = corners.place_gradient(place, values);
-        for (int k = 0; k < 4; ++k) {
-          weight_gradient += corners.factors(place)[k] * values[k];
-        }
-      }
-      if (grad_weights != nullptr) {
-        grad_weights[index] = static_cast<S>(weight_gradient);
-      }
-      if (grad_offsets != nullptr) {
-        const T weight = static_cast<T>(weights_[index]);
-        grad_offsets[2 * index] = static_cast<S>(all_known ? weight * gradient[0] : T(0));
-        grad_offsets[2 * index + 1] = static_cast<S>(all_known ? weight * gradient[1] : T(0));
-      }
-    }
+    const int64_t start = first_place(joint, level);
+    differentiate_places(corners, head * shape_.samples, shape_.samples, weights_of(joint, level, head), grad,
+                         shape_.channels[level], [&](int64_t place, T of_weight, const std::array<T, 2>& of_offset) {
+                           if (grad_weights != nullptr) {
+                             grad_weights[start + place] = static_cast<S>(of_weight);
+                           }
+                           if (grad_offsets != nullptr) {
+                             grad_offsets[2 * (start + place)] = static_cast<S>(of_offset[0]);
+                             grad_offsets[2 * (start + place) + 1] = static_cast<S>(of_offset[1]);
+                           }
+                         });
   }
 };
 
@@ -259,7 +236,7 @@ std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>> sample_context_backw
   std::vector<int64_t> wanted;  // levels
   for (int64_t level = 0; level < shape.levels; ++level) {
     const at::Tensor& map = feature_maps[level];
-    grad_maps.push_back(need_maps[level] ? empty_channels_last(map) : none.clone());
+    grad_maps.push_back(need_maps[level] ? empty_channels_last(map, map.scalar_type()) : none.clone());
     if (need_maps[level]) {
       wanted.push_back(level);
     }

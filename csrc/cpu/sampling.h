@@ -45,8 +45,9 @@ struct LevelMap {
 inline bool has_dense_channels(const at::Tensor& map) { return map.stride(1) == 1 || map.size(1) == 1; }
 
 // [B, C, Hf, Wf] over memory whose channels are contiguous.
-inline at::Tensor empty_channels_last(const at::Tensor& map) {
-  return at::empty({map.size(0), map.size(2), map.size(3), map.size(1)}, map.options()).permute({0, 3, 1, 2});
+inline at::Tensor empty_channels_last(const at::Tensor& map, at::ScalarType type) {
+  return at::empty({map.size(0), map.size(2), map.size(3), map.size(1)}, map.options().dtype(type))
+      .permute({0, 3, 1, 2});
 }
 
 // A map as it is where its channels are contiguous, else a copy in which they are.
@@ -54,7 +55,7 @@ inline at::Tensor with_dense_channels(const at::Tensor& map) {
   if (has_dense_channels(map) || map.numel() == 0) {
     return map;
   }
-  const at::Tensor source = map.contiguous(), target = empty_channels_last(map);
+  const at::Tensor source = map.contiguous(), target = empty_channels_last(map, map.scalar_type());
   constexpr int64_t piece = 64;  // pixels
   const int64_t channels = map.size(1), pixels = map.size(2) * map.size(3), pieces = divide_up(pixels, piece);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, map.scalar_type(), "with_dense_channels", [&] {
@@ -200,7 +201,14 @@ class Corners {
 
   S* const* rows(int64_t place) const { return rows_.data() + 4 * place; }
   const T* factors(int64_t place) const { return factors_.data() + 4 * place; }
-  bool known(int64_t place) const { return !std::isnan(x_[place].fraction + y_[place].fraction); }
+  // Whether no place of `count` is NaN.
+  bool known(int64_t place, int64_t count) const {
+    bool all = true;
+    for (int64_t i = place; i < place + count; ++i) {
+      all = all && !std::isnan(x_[i].fraction + y_[i].fraction);
+    }
+    return all;
+  }
 
   // Derivatives of the sample with respect to x and y of its place, given that of each corner's value.
   std::array<T, 2> place_gradient(int64_t place, const T* corner) const {
@@ -231,5 +239,43 @@ class Corners {
   std::vector<T> factors_;  // [places, 4]
   std::vector<Between> x_, y_;
 };
+
+// f(place, gradient of its weight, gradient [2] of its offset) for the `count` places of a weighted sum, given the
+// sum's gradient [channels]; all are 0 where a place is NaN. weights [count].
+template <typename S, typename T, typename W, typename F>
+void differentiate_places(const Corners<const S, T>& corners, int64_t first, int64_t count, const W* weights,
+                          const T* grad, int64_t channels, const F& f) {
+  const bool known = corners.known(first, count);
+  for (int64_t i = 0; i < count; ++i) {
+    T of_weight = 0;
+    std::array<T, 2> of_offset{};
+    if (known) {
+      T values[4];
+      corner_products(corners.rows(first + i), grad, channels, values);
+      for (int k = 0; k < 4; ++k) {
+        of_weight += corners.factors(first + i)[k] * values[k];
+      }
+      of_offset = corners.place_gradient(first + i, values);
+      for (T& value : of_offset) {
+        value *= static_cast<T>(weights[i]);
+      }
+    }
+    f(first + i, of_weight, of_offset);
+  }
+}
+
+// Adds to the map what a weighted sum of `count` places gives it, given the sum's gradient [channels]; nothing where a
+// place is NaN. weights [count], factors [count, 4] is scratch.
+template <typename T, typename W>
+void scatter_sum(const Corners<T, T>& corners, int64_t first, int64_t count, const W* weights, const T* grad,
+                 int64_t channels, T* factors) {
+  if (!corners.known(first, count)) {
+    return;
+  }
+  corners.weigh(first, count, weights, factors);
+  for (int64_t k = 0; k < 4 * count; ++k) {
+    scale_row(corners.rows(first)[k], grad, factors[k], channels, true);
+  }
+}
 
 }  // namespace liftbyimage::cpu

@@ -18,8 +18,8 @@ from liftbyimage.ops.residual_context import BACKENDS
 class ContextBlock(nn.Module):
     """levels + what each joint reads from its level's map; then a feed-forward. Levels do not mix.
 
-    Where no gradient is wanted and a kernel serves, the first half is one fused op; else it is composed of
-    `ops.sample_context` and PyTorch's layers. Either way samples are weighted and summed before they are projected,
+    Where a kernel serves, the first half is one fused op; else it is composed of `ops.sample_context` and PyTorch's
+    layers. Either way samples are weighted and summed before they are projected,
     which their weights' sum of 1 makes exact. Parameters have the published names.
 
     Args:
@@ -67,17 +67,18 @@ class ContextBlock(nn.Module):
     def forward(self, levels: Tensor, pose: Tensor, reference: Tensor, feature_maps: Sequence[Tensor]) -> Tensor:
         """levels [B, L, J, D], pose [B, J, D], reference [B, J, 2] in [-1, 1], L maps [B, C_l, H_l, W_l] → levels"""
         drop_path = self.drop_path if self.training else 0.0
-        inference = not torch.is_grad_enabled() and drop_path == 0
-        if inference and has_kernel(BACKENDS, *autocast(levels)):
-            levels = self._read_at_once(levels, pose, reference, feature_maps)
-        else:
-            levels = self._read(levels, pose, reference, feature_maps, drop_path)
+        read = self._read_at_once if has_kernel(BACKENDS, *autocast(levels)) else self._read
+        levels = read(levels, pose, reference, feature_maps, draw_branch_scale(levels, drop_path))
         tokens = levels.flatten(1, 2)  # [B, L · J, D]
-        scale = draw_branch_scale(tokens, drop_path)
-        return feed_forward(tokens, self.norm2, self.mlp, scale).view_as(levels)
+        return feed_forward(tokens, self.norm2, self.mlp, draw_branch_scale(tokens, drop_path)).view_as(levels)
 
     def _read(
-        self, levels: Tensor, pose: Tensor, reference: Tensor, feature_maps: Sequence[Tensor], drop_path: float
+        self,
+        levels: Tensor,
+        pose: Tensor,
+        reference: Tensor,
+        feature_maps: Sequence[Tensor],
+        branch_scale: Tensor | None,
     ) -> Tensor:
         asking = self.norm1(levels + pose[:, None])
         places = (self.heads, self.samples)
@@ -86,10 +87,16 @@ class ContextBlock(nn.Module):
         contexts = sample_context(feature_maps, reference, offsets, weights)
         gathered = [embed(context).flatten(2) for embed, context in zip(self.embed_proj, contexts, strict=True)]
         branch = torch.stack(gathered, dim=1)  # [B, L, J, D]
-        scale = draw_branch_scale(levels, drop_path)
-        return levels + (branch if scale is None else branch * scale[:, None, None, None])
+        return levels + (branch if branch_scale is None else branch * branch_scale[:, None, None, None])
 
-    def _read_at_once(self, levels: Tensor, pose: Tensor, reference: Tensor, feature_maps: Sequence[Tensor]) -> Tensor:
+    def _read_at_once(
+        self,
+        levels: Tensor,
+        pose: Tensor,
+        reference: Tensor,
+        feature_maps: Sequence[Tensor],
+        branch_scale: Tensor | None,
+    ) -> Tensor:
         norm, weights, offsets = self.norm1, self.attention_weights, self.sampling_offsets
         return residual_context(
             levels,
@@ -104,6 +111,7 @@ class ContextBlock(nn.Module):
             offsets.bias,
             [embed.weight for embed in self.embed_proj],
             [embed.bias for embed in self.embed_proj],
+            branch_scale,
             heads=self.heads,
             eps=norm.eps,
         )

@@ -4,10 +4,11 @@
     w = softmax(n W_w + b_w)  over the S samples of each head                                     [B, J, H, S]
     o = tanh(n W_o + b_o)                                                                         [B, J, H, S, 2]
     c = Σ_s w_s · bilinear(F_l, reference + o_s)  with border padding (ops.sample_context)        [B, J, H, C_l]
-    tokens_out_l = tokens_l + [c_1 E_l + e_l … c_H E_l + e_l]  heads side by side                 [B, J, D]
+    tokens_out_l = tokens_l + branch_scale · [c_1 E_l + e_l … c_H E_l + e_l]  heads side by side  [B, J, D]
 
 for each level l of L. B batch, J joints, D model width, H heads, S samples per head, C_l channels of level l. All
-weights are used transposed, as torch.nn.Linear stores them; those of levels differ in E_l and e_l only.
+weights are used transposed, as torch.nn.Linear stores them; those of levels differ in E_l and e_l only. `branch_scale`
+[B] is stochastic depth (drop path), as in `residual_feed_forward`.
 
 Source: Q. Zhao, C. Zheng, M. Liu, C. Chen, "A Single 2D Pose with Context is Worth Hundreds for 3D Human Pose
 Estimation", NeurIPS 2023, its context block up to the feed-forward; there every sample is projected before the sum.
@@ -15,7 +16,7 @@ Estimation", NeurIPS 2023, its context block up to the feed-forward; there every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,12 +32,11 @@ from liftbyimage.ops._dispatch import (
     needs_graph,
     never,
     no_autocast,
-    python_op,
     select,
     why_not_cpu,
 )
-from liftbyimage.ops._recompute import gradients, spread, wanted_of
-from liftbyimage.ops.sample_context import check_maps, sample_context
+from liftbyimage.ops._recompute import spread, wanted_of
+from liftbyimage.ops.sample_context import channels_last, check_maps
 from liftbyimage.ops.sample_context import reference as sampling_reference
 
 OP = "residual_context"
@@ -56,6 +56,7 @@ def _check(
     offsets_bias: Tensor,
     embed_weights: Sequence[Tensor],
     embed_biases: Sequence[Tensor],
+    branch_scale: Tensor | None,
     *,
     heads: int,
     eps: float,
@@ -90,78 +91,64 @@ def _check(
         sizes = (dim // heads, feature_map.shape[1])
         check_like(OP, "tokens", tokens, f"embed_weights[{level}]", embed_weights[level], sizes, "D/H C")
         check_like(OP, "tokens", tokens, f"embed_biases[{level}]", embed_biases[level], sizes[:1], "D/H")
+    if branch_scale is not None:
+        check_like(OP, "tokens", tokens, "branch_scale", branch_scale, (batch,), "B")
 
 
-def _compose(sample: Callable[..., list[Tensor]], arguments: Sequence[Any], heads: int, eps: float) -> Tensor:
-    """The op in single PyTorch calls about a `sample_context`; 16-bit types in float32, or offsets would be coarse."""
+def reference(*arguments: Any, heads: int, eps: float = 1e-5) -> Tensor:
+    """The definition, in plain PyTorch, for any device and dtype; gradients are PyTorch's own.
+
+    16-bit types in float32, or offsets would be coarse.
+    """
     dtype = torch.promote_types(arguments[0].dtype, torch.float32)
-    levels = len(arguments[LEVEL_LISTS[0]])
-    wide: list[Any] = _unflatten([tensor.to(dtype) for tensor in _flatten(arguments)], levels)
+    *tensors, branch_scale = arguments
+    wide: list[Any] = _unflatten([t.to(dtype) for t in _flatten(tensors)], len(tensors[LEVEL_LISTS[0]]))
     tokens, pose, reference, feature_maps, norm_weight, norm_bias, weights_weight, weights_bias, *rest = wide
     offsets_weight, offsets_bias, embed_weights, embed_biases = rest
     asking = F.layer_norm(tokens + pose[:, None], pose.shape[2:], norm_weight, norm_bias, eps)  # [B, L, J, D]
     weights = F.linear(asking, weights_weight, weights_bias).unflatten(3, (heads, -1)).softmax(4)  # [B, L, J, H, S]
     offsets = F.linear(asking, offsets_weight, offsets_bias).unflatten(3, (heads, -1, 2)).tanh()  # [B, L, J, H, S, 2]
-    contexts = sample(feature_maps, reference, offsets, weights)
+    contexts = sampling_reference(feature_maps, reference, offsets, weights)
     embeds = zip(contexts, embed_weights, embed_biases, strict=True)
-    read = [F.linear(context, weight, bias).flatten(2) for context, weight, bias in embeds]  # [B, J, D] each
-    updated: Tensor = tokens + torch.stack(read, dim=1)
-    return updated.to(arguments[0].dtype)
-
-
-def reference(*arguments: Any, heads: int, eps: float = 1e-5) -> Tensor:
-    """The definition, in plain PyTorch, for any device and dtype; gradients are PyTorch's own."""
-    return _compose(sampling_reference, arguments, heads, eps)
+    branch = torch.stack([F.linear(c, weight, bias).flatten(2) for c, weight, bias in embeds], dim=1)  # [B, L, J, D]
+    if branch_scale is None:
+        return (tokens + branch).to(arguments[0].dtype)
+    scale = branch_scale.detach().to(dtype)[:, None, None, None]
+    # Not 0 · branch: that is NaN where the branch is not finite.
+    return torch.where(scale == 0, tokens, tokens + scale * branch).to(arguments[0].dtype)
 
 
 _definition = reference  # which the arguments of this name hide
 
 
-def _flatten(arguments: Sequence[Any]) -> list[Tensor]:
+def _flatten(arguments: Sequence[Any]) -> list[Any]:
     """The tensors of the arguments in their order, those of levels one by one: as autograd takes them."""
-    flat: list[Tensor] = []
+    flat: list[Any] = []
     for argument in arguments:
         flat += argument if isinstance(argument, (list, tuple)) else [argument]
     return flat
 
 
-def _unflatten(flat: Sequence[Tensor], levels: int) -> list[Any]:
+def _unflatten(flat: Sequence[Any], levels: int) -> list[Any]:
     rest = iter(flat)
     count = len(flat) - len(LEVEL_LISTS) * (levels - 1)
     return [[next(rest) for _ in range(levels)] if i in LEVEL_LISTS else next(rest) for i in range(count)]
-
-
-_BACKWARD_SCHEMA = (
-    "(Tensor grad_tokens, Tensor tokens, Tensor pose, Tensor reference, Tensor[] feature_maps, Tensor norm_weight,"
-    " Tensor norm_bias, Tensor weights_weight, Tensor weights_bias, Tensor offsets_weight, Tensor offsets_bias,"
-    " Tensor[] embed_weights, Tensor[] embed_biases, int heads, float eps, bool[] wanted) -> Tensor[]"
-)
 
 
 def _fake_forward(tokens: Tensor, *rest: Any) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
 
-def _recompute(grad_tokens: Tensor, *rest: Any) -> list[Tensor]:
-    *arguments, heads, eps, wanted = rest
-    levels = len(arguments[LEVEL_LISTS[0]])
-
-    def function(*leaves: Tensor) -> tuple[Tensor]:
-        def sample(*inputs: Any) -> list[Tensor]:
-            return sample_context(*inputs, backend="cpu")
-
-        return (_compose(sample, _unflatten(leaves, levels), heads, eps),)
-
-    return gradients(function, _flatten(arguments), (grad_tokens,), wanted)
-
-
 def _fake_backward(grad_tokens: Tensor, *rest: Any) -> list[Tensor]:
     *arguments, _, _, wanted = rest
-    return [tensor.new_empty(tensor.shape) for tensor in wanted_of(_flatten(arguments), wanted)]
+    feature_maps = arguments[LEVEL_LISTS[0]]
+    like = [tensor if tensor is None else tensor.new_empty(tensor.shape) for tensor in _flatten(arguments)]
+    like[LEVEL_LISTS[0] : LEVEL_LISTS[0] + len(feature_maps)] = [channels_last(m) for m in feature_maps]
+    return wanted_of(like, wanted)
 
 
 _native_forward = native_op(f"{OP}_forward", _fake_forward)
-_backward = python_op(f"{OP}_backward", _BACKWARD_SCHEMA, _recompute, _fake_backward)
+_native_backward = native_op(f"{OP}_backward", _fake_backward)
 
 
 def _flops(tokens: Any, feature_maps: Any, places: int, heads: int) -> int:
@@ -178,20 +165,20 @@ def _forward_flops(
 
 
 def _backward_flops(grad_tokens: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 3 * _forward_flops(*rest[:-1])  # forward again, and two products for each of its own
+    return 3 * _forward_flops(*rest[:-1])  # two products for each of the forward's, and most of that again
 
 
 count_flops((_native_forward,), _forward_flops)
-count_flops((_backward,), _backward_flops)
+count_flops((_native_backward,), _backward_flops)
 
 BACKENDS = (
-    Backend("cpu", why_not_cpu, _native_forward, _backward, batch_independent=True),
+    Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
-def _run(heads: int, eps: float, levels: int, backend: str, *flat: Tensor) -> Tensor:
+def _run(heads: int, eps: float, levels: int, backend: str, *flat: Tensor | None) -> Tensor:
     forward = _BY_NAME[backend].forward
     assert forward is not None
     tokens: Tensor = forward(*_unflatten(flat, levels), heads, eps)
@@ -199,10 +186,10 @@ def _run(heads: int, eps: float, levels: int, backend: str, *flat: Tensor) -> Te
 
 
 class _ResidualContext(torch.autograd.Function):
-    """Saves its inputs only; backward differentiates the composition by recomputation."""
+    """Saves its inputs only; backward computes what lies between again, piece by piece in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, heads: int, eps: float, levels: int, backend: str, *flat: Tensor) -> Tensor:
+    def forward(ctx: Any, heads: int, eps: float, levels: int, backend: str, *flat: Tensor | None) -> Tensor:
         ctx.save_for_backward(*flat)
         ctx.heads, ctx.eps, ctx.levels, ctx.backend = heads, eps, levels, backend
         return _run(heads, eps, levels, backend, *flat)
@@ -211,7 +198,7 @@ class _ResidualContext(torch.autograd.Function):
     def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
         backward = _BY_NAME[ctx.backend].backward
         assert backward is not None
-        wanted = list(ctx.needs_input_grad[4:])
+        wanted = [*ctx.needs_input_grad[4:-1], False]  # branch_scale is given, not learned
         arguments = _unflatten(ctx.saved_tensors, ctx.levels)
         grads = backward(grad_tokens, *arguments, ctx.heads, ctx.eps, wanted)
         return None, None, None, None, *spread(grads, wanted)
@@ -230,6 +217,7 @@ def residual_context(
     offsets_bias: Tensor,
     embed_weights: Sequence[Tensor],
     embed_biases: Sequence[Tensor],
+    branch_scale: Tensor | None = None,
     *,
     heads: int,
     eps: float = 1e-5,
@@ -246,14 +234,16 @@ def residual_context(
         weights_weight, weights_bias: [H·S, D] and [H·S], of the weights of each head's S samples before the softmax.
         offsets_weight, offsets_bias: [H·S·2, D] and [H·S·2], of the offsets (x, y) before tanh.
         embed_weights, embed_biases: L of [D / H, C_l] and of [D / H], shared by the heads.
+        branch_scale: [B], the factor on each sample's branch; a sample at 0 keeps its tokens and its branch is not
+            computed. None for 1 everywhere. It is taken as a constant and gets no gradient.
         heads: H, a divisor of D.
         eps: added to the variance in the layer norm.
         backend: "cpu" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         tokens [B, L, J, D] in the input dtype (16-bit types: float32 inside), differentiable with respect to every
-        tensor argument: the inputs alone are kept, and the backward pass differentiates single PyTorch calls and
-        `sample_context` by recomputation. A NaN in a token or its pose gives NaN in that token.
+        tensor argument but branch_scale; the inputs alone are kept for the backward pass. A NaN in a token or its pose
+        gives NaN in that token, unless its sample's branch_scale is 0 and a NaN in the token merely passes through.
 
     Raises:
         TypeError: an argument is no floating-point tensor or list of such, or dtypes differ, or heads is no int, or eps
@@ -262,7 +252,7 @@ def residual_context(
             weights_weight, eps is negative or not finite, or the backend is unknown or cannot serve.
     """
     arguments: list[Any] = [tokens, pose, reference, feature_maps, norm_weight, norm_bias, weights_weight, weights_bias]
-    arguments += [offsets_weight, offsets_bias, embed_weights, embed_biases]
+    arguments += [offsets_weight, offsets_bias, embed_weights, embed_biases, branch_scale]
     flat = autocast(*_flatten(arguments))
     rest = iter(flat)
     arguments = [[next(rest) for _ in a] if isinstance(a, (list, tuple)) else next(rest) for a in arguments]
