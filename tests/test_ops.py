@@ -94,8 +94,8 @@ SMALL = {
     "residual_attention": Case("small", B=2, H=2, J=3, D=6),
     "residual_feed_forward": Case("small", B=2, J=3, D=6, F=7),
 }
-RECOMPUTING = (*JOINT_OPS, "residual_context")  # their gradients are PyTorch's own
-WEIGHTED = (*RECOMPUTING, *TOKEN_OPS)  # of their inputs only those that follow belong to a sample
+RECOMPUTING = JOINT_OPS  # their gradients are PyTorch's own
+WEIGHTED = (*JOINT_OPS, *TOKEN_OPS, "residual_context")  # of their inputs only those that follow belong to a sample
 PER_SAMPLE = ("joints", "context", "tokens", "branch_scale", "pose", "reference", "feature_maps")
 GIVEN = ("importance", "branch_scale")  # taken as constants: no gradient
 
@@ -307,7 +307,7 @@ def test_opcheck(op, backend):
         "joint_queries": [inputs.get("fold"), 2, 1e-5],
         "update_joints": [1e-5],
         "sample_context": [True],
-        "residual_context": [2, 1e-5],
+        "residual_context": [None, 2, 1e-5],
         "attend_tokens": [2, 0.5],
         "residual_attention": [None, 2, 1e-5, True],
         "residual_feed_forward": [None, 1e-5, True],
@@ -334,7 +334,7 @@ def test_opcheck(op, backend):
     elif op == "sample_context":
         arguments = ([torch.randn_like(output) for output in outputs], *tensors, *rest, True, False, [True, False])
     elif op == "residual_context":
-        arguments = (torch.randn_like(outputs), *tensors, *rest, [True, False, True] * 5)
+        arguments = (torch.randn_like(outputs), *tensors, *rest, [True, False] * 8)
     elif op == "attend_tokens":
         arguments = (torch.randn_like(outputs), *tensors, *rest)
     elif op == "residual_attention":
@@ -919,3 +919,53 @@ def test_residual_context_is_half_a_published_block(backend):
         strict=True,
     ):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in backends_of("residual_context")])
+@pytest.mark.parametrize("kept", [(), (1,), (0, 2)])
+def test_a_dropped_sample_reads_nothing(backend, kept):
+    """It passes bit for bit, whatever its branch would be, and every gradient is as if it were not there."""
+    case = Case("dropped", B=3, J=5, D=24, maps=((20, 5, 4), (9, 3, 2)))
+    inputs = make_inputs("residual_context", case, torch.float32, device_of(backend))
+    require("residual_context", backend, inputs)
+    kept, dropped = list(kept), [sample for sample in range(3) if sample not in kept]
+    scale = inputs["tokens"].new_zeros(3)
+    scale[kept] = 1.25
+    for spoilt in (inputs["tokens"], inputs["pose"], inputs["feature_maps"][1]):
+        spoilt[dropped] = float("inf")
+    leaves = differentiable(inputs, torch.float32)
+    updated = ops.residual_context(**leaves, branch_scale=scale, backend=backend)
+    assert torch.equal(updated[dropped], inputs["tokens"][dropped])
+    if backend == "reference":
+        return  # its gradients are PyTorch's own, which pass 0 · inf
+    batched = convert({name: inputs[name] for name in PER_SAMPLE if name in inputs}, lambda tensor: tensor[kept])
+    alone = differentiable(inputs | batched, torch.float32)
+    expected = ops.residual_context(**alone, branch_scale=scale[kept], backend=backend)
+    assert torch.equal(updated[kept], expected)
+    updated[kept].square().sum().backward()
+    expected.square().sum().backward()
+    expected_grads = {name: leaf.grad for name, leaf in named_tensors(alone).items()}
+    for name, leaf in named_tensors(leaves).items():
+        per_sample = name.partition("[")[0] in PER_SAMPLE
+        assert torch.equal(leaf.grad[kept] if per_sample else leaf.grad, expected_grads[name]), name
+        assert not (per_sample and leaf.grad[dropped].any()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_residual_context_do_not_depend_on_threads(dtype):
+    """More samples than parts of the backward pass, each of several chunks, and unequal parts."""
+    case = Case("parts", B=75, J=19, D=24, maps=((20, 5, 4), (33, 2, 3)), dropped=2)
+    inputs = make_inputs("residual_context", case, dtype)
+    require("residual_context", "cpu", inputs)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run("residual_context", differentiable(inputs, dtype), "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for outputs, gradients in results[1:]:
+        assert torch.equal(outputs["tokens"], results[0][0]["tokens"])
+        assert gradients.keys() == results[0][1].keys() and "feature_maps[1]" in gradients
+        assert all(torch.equal(gradients[name], results[0][1][name]) for name in gradients)

@@ -356,6 +356,18 @@ def call(op, **changes):
             TypeError,
             "embed_biases[1] must have tokens's dtype torch.float32, got torch.bfloat16",
         ),
+        (
+            "residual_context",
+            {"branch_scale": torch.ones(3)},
+            ValueError,
+            "branch_scale must have shape [B] = [2], got [3]",
+        ),
+        (
+            "residual_context",
+            {"branch_scale": 0.5},
+            TypeError,
+            "branch_scale must be a tensor [B], got float",
+        ),
         ("residual_feed_forward", {"tokens": 1}, TypeError, "tokens must be a tensor [B, T, D], got int"),
         (
             "residual_feed_forward",
