@@ -111,11 +111,14 @@ def reference(*arguments: Any, heads: int, eps: float = 1e-5) -> Tensor:
     contexts = sampling_reference(feature_maps, reference, offsets, weights)
     embeds = zip(contexts, embed_weights, embed_biases, strict=True)
     branch = torch.stack([F.linear(c, weight, bias).flatten(2) for c, weight, bias in embeds], dim=1)  # [B, L, J, D]
+    updated: Tensor
     if branch_scale is None:
-        return (tokens + branch).to(arguments[0].dtype)
-    scale = branch_scale.detach().to(dtype)[:, None, None, None]
-    # Not 0 · branch: that is NaN where the branch is not finite.
-    return torch.where(scale == 0, tokens, tokens + scale * branch).to(arguments[0].dtype)
+        updated = tokens + branch
+    else:
+        scale = branch_scale.detach().to(dtype)[:, None, None, None]
+        # Not 0 · branch: that is NaN where the branch is not finite.
+        updated = torch.where(scale == 0, tokens, tokens + scale * branch)
+    return updated.to(arguments[0].dtype)
 
 
 _definition = reference  # which the arguments of this name hide
