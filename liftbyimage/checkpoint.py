@@ -124,7 +124,10 @@ def load_pipeline(
         raise ValueError(f"checkpoint {path}: lifter must be {model!r}, got {name!r}")
     if published is not None:
         return _published_pipeline(published, encoder_weights, path)
-    lifter = models.build(name, **contents["lifter_config"])
+    try:
+        lifter = models.build(name, **contents["lifter_config"])
+    except TypeError as error:
+        raise ValueError(f"checkpoint {path}: lifter_config does not fit {name}: {error}") from error
     load_state(lifter, contents["lifter_state"], f"checkpoint {path}: lifter")
     if encoder_weights is not None:
         encoder: nn.Module = _official_encoder(encoder_weights, contents["encoder"], path)
@@ -143,6 +146,8 @@ def _published_weights(contents: Any) -> dict[str, Tensor] | None:
     named = contents.get("model", contents) if isinstance(contents, dict) else {}
     if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named):
         return None
+    if not all(isinstance(value, Tensor) for value in named.values()):
+        return None
     bare = {name.removeprefix("module."): value for name, value in named.items()}
     return bare if any(name.startswith(_PUBLISHED_LIFTER) for name in bare) else None
 
@@ -150,24 +155,37 @@ def _published_weights(contents: Any) -> dict[str, Tensor] | None:
 def _published_pipeline(
     weights: Mapping[str, Tensor], encoder_weights: str | os.PathLike[str] | None, path: str | os.PathLike[str]
 ) -> models.Pipeline:
-    lifter_state = _part(weights, _PUBLISHED_LIFTER)
-    lifter = models.ContextAwarePoseFormer(config_of(lifter_state))
-    load_state(lifter, lifter_state, f"checkpoint {path}: {_PUBLISHED_LIFTER}*")
+    unknown = [name for name in weights if not name.startswith((_PUBLISHED_LIFTER, _PUBLISHED_BACKBONE))]
+    if unknown:
+        raise ValueError(f"checkpoint {path} has {len(unknown)} unknown weights: {_first(unknown)}")
+    lifter = _published_lifter(weights, path)
     width = lifter.config.channels[0]
-    if encoder_weights is not None:
+    if encoder_weights is not None:  # in place of the backbone that the file may hold
         return models.Pipeline(_official_encoder(encoder_weights, f"hrnet-w{width}", path), lifter).eval()
     encoder_state = _part(weights, _PUBLISHED_BACKBONE)
-    if f"hrnet-w{width}" not in models.ENCODERS or "stage4.0.branches.0.0.conv1.weight" not in encoder_state:
+    if not encoder_state:
+        raise ValueError(
+            f"checkpoint {path}: holds no backbone weights, give a file of official HRNet-w{width} weights"
+        )
+    if f"hrnet-w{width}" not in models.ENCODERS or not any(name.startswith("stage2.") for name in encoder_state):
         raise ValueError(
             f"checkpoint {path}: backbone must be an HRNet, w32 or w48, got another one; build your own Pipeline with "
             "it and load the lifter alone by load_published_lifter"
         )
     encoder = models.HRNet(width, num_joints=None)
     load_state(encoder, encoder_state, f"checkpoint {path}: {_PUBLISHED_BACKBONE}*")
-    unknown = [name for name in weights if not name.startswith((_PUBLISHED_LIFTER, _PUBLISHED_BACKBONE))]
-    if unknown:
-        raise ValueError(f"checkpoint {path} has {len(unknown)} unknown weights: {_first(unknown)}")
     return models.Pipeline(encoder, lifter).eval()
+
+
+def _published_lifter(weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> models.ContextAwarePoseFormer:
+    state = _part(weights, _PUBLISHED_LIFTER)
+    try:
+        config = config_of(state)
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"checkpoint {path}: {_PUBLISHED_LIFTER}* has weights of shapes that no lifter has") from error
+    lifter = models.ContextAwarePoseFormer(config)
+    load_state(lifter, state, f"checkpoint {path}: {_PUBLISHED_LIFTER}*")
+    return lifter
 
 
 def load_published_lifter(path: str | os.PathLike[str]) -> models.ContextAwarePoseFormer:
@@ -182,10 +200,7 @@ def load_published_lifter(path: str | os.PathLike[str]) -> models.ContextAwarePo
             f"checkpoint {path}: expected weights of a published Context-Aware PoseFormer, got none whose names begin "
             f"with {_PUBLISHED_LIFTER}"
         )
-    state = _part(published, _PUBLISHED_LIFTER)
-    lifter = models.ContextAwarePoseFormer(config_of(state))
-    load_state(lifter, state, f"checkpoint {path}: {_PUBLISHED_LIFTER}*")
-    return lifter.eval()
+    return _published_lifter(published, path).eval()
 
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def test_refuses_in_one_sentence(module, inputs, error, message):
 )
 def test_other_inputs_than_captured_are_refused(change, message):
     graph = Recorder()
-    captured = CapturedModule(graph, draw("cpu"), None)
+    captured = CapturedModule(nn.ReLU(), graph, draw("cpu"), None)
     with pytest.raises(ValueError) as raised:
         captured(*change(*draw("cpu")))
     assert str(raised.value) == f"capture: {message}"

@@ -210,6 +210,40 @@ def test_no_joint_changes_another_sample_and_nan_stays_in_its_own():
     assert torch.equal(spoiled[1:], whole[1:])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_empty_batch(training):
+    lifter = ContextAwarePoseFormer(SMALL).train(training)
+    maps, *poses = inputs(SMALL, 0, torch.float32)
+    pose = lifter(maps, *poses)
+    assert pose.shape == (0, 17, 3)
+    pose.sum().backward()
+    assert all(not parameter.grad.any() for parameter in lifter.parameters())
+    with torch.no_grad():
+        assert lifter(maps, *poses).shape == (0, 17, 3)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_autocast_is_no_worse_than_plain_pytorch(inference):
+    """Places stay float32, as F.grid_sample keeps them, and so do the tokens that layers add to."""
+    lifter, reference = (module.eval() for module in twins(ContextAwarePoseFormerConfig(dim=64), torch.float32))
+    arguments = inputs(lifter.config, 4, torch.float32)
+    errors = []
+    with torch.set_grad_enabled(not inference):
+        expected = reference(*arguments).detach()
+        for module in (reference, lifter):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                errors.append((module(*arguments).float() - expected).square().mean().sqrt())
+    assert errors[1] <= 1.25 * errors[0]
+
+
+def test_demanded_backend_serves_the_whole_lifter(monkeypatch):
+    lifter, reference = (module.eval() for module in twins(SMALL, torch.float64))
+    arguments = inputs(SMALL, 2, torch.float64)
+    monkeypatch.setenv("LIFTBYIMAGE_BACKEND", "reference")
+    with torch.no_grad():
+        torch.testing.assert_close(lifter(*arguments), reference(*arguments))
+
+
 def test_joints_outside_the_crop_are_lifted():
     lifter = twins(SMALL, torch.float32)[0].eval()
     maps, pose_2d, pose_crop = inputs(SMALL, 2, torch.float32)
@@ -373,6 +407,27 @@ def test_published_file_of_other_keys_names_the_first_five_of_each(tmp_path, pub
     refused(path, f"checkpoint {path} has 1 unknown weights: loss.scale")
 
 
+def test_published_file_without_parts(tmp_path, published):
+    state = published[1]
+    path = save(tmp_path, {name: value for name, value in state.items() if "context_blocks" not in name})
+    with pytest.raises(
+        ValueError, match=r"volume_net\.\* misses 40 weights of this configuration: context_blocks\.0\.norm1"
+    ):
+        checkpoint.load_pipeline(path)
+    path = save(tmp_path, {name: value for name, value in state.items() if "feat_embed.2" not in name})
+    with pytest.raises(
+        ValueError, match=r"misses 2 weights of this configuration: feat_embed\.2\.weight, feat_embed\.2"
+    ):
+        checkpoint.load_pipeline(path)
+    path = save(tmp_path, {name: value for name, value in state.items() if "backbone.stage4.0." not in name})
+    with pytest.raises(ValueError, match=r"backbone\.\* misses \d+ weights of this configuration: stage4\.0"):
+        checkpoint.load_pipeline(path)
+    path = save(tmp_path, {name: value for name, value in state.items() if "backbone" not in name})
+    refused(path, f"checkpoint {path}: holds no backbone weights, give a file of official HRNet-w32 weights")
+    path = save(tmp_path, {**state, "volume_net.Spatial_pos_embed": torch.zeros(3)})
+    refused(path, f"checkpoint {path}: volume_net.* has weights of shapes that no lifter has")
+
+
 def test_published_file_with_another_backbone(tmp_path, published):
     lifter = {name: value for name, value in published[1].items() if name.startswith("volume_net.")}
     path = save(tmp_path, {**lifter, "backbone.resnet.conv1.weight": torch.zeros(1)})
@@ -410,7 +465,9 @@ def test_configuration_is_read_from_the_weights(config):
     "changes, message",
     [
         ({"channels": ()}, "channels must be positive ints, one per level, got ()"),
-        ({"dim": 0}, "dim must be >= 1, got 0"),
+        ({"dim": 0}, "dim must be an int >= 1, got 0"),
+        ({"depth": 2.5}, "depth must be an int >= 1, got 2.5"),
+        ({"mlp_ratio": 0}, "mlp_ratio must be more than 0, got 0"),
         ({"dim": 100}, "dim must be a multiple of heads, got 100 and 8"),
         ({"heads": 4, "dim": 20, "context_heads": 3}, "dim must be a multiple of context_heads, got 20 and 3"),
         ({"drop_path": 1.0}, "drop_path must be in [0, 1), got 1.0"),
@@ -427,11 +484,10 @@ def test_bad_inputs():
     lifter = ContextAwarePoseFormer(SMALL).eval()
     maps, pose_2d, pose_crop = inputs(SMALL, 2, torch.float32)
     cases = [
-        ((maps[:1], pose_2d, pose_crop), "feature_maps must be 2 maps, one per level, got 1 maps"),
-        ((maps[0], pose_2d, pose_crop), "feature_maps must be 2 maps, one per level, got one tensor"),
+        ((maps[:1], pose_2d, pose_crop), "feature_maps must be 2 maps, one per level, got 1"),
         (
             ([maps[0], maps[0]], pose_2d, pose_crop),
-            "feature_maps[1] must have shape [2, 10, H, W], got [2, 6, 64, 48]",
+            "feature_maps[1] must have shape [B, 10, H, W] with pose_2d's B = 2, got [2, 6, 64, 48]",
         ),
         ((maps, pose_2d[:, :5], pose_crop), "pose_2d must have shape [B, 17, 2], got [2, 5, 2]"),
         ((maps, pose_2d, pose_crop[:, :5]), "pose_crop must have shape [B, 17, 2], got [2, 5, 2]"),

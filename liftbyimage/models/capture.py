@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from liftbyimage.ops._dispatch import autocast_is_on
+
 Input = Tensor | Sequence["Input"]
 
 _WARM_UP = 3  # calls that compile kernels, choose algorithms and fill workspaces, none of which a graph may do
@@ -17,7 +19,8 @@ _WARM_UP = 3  # calls that compile kernels, choose algorithms and fill workspace
 class CapturedModule:
     """What `capture` makes: called like the module, with inputs of the captured shapes, dtypes and device."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: Sequence[Input], outputs: Any) -> None:
+    def __init__(self, module: nn.Module, graph: torch.cuda.CUDAGraph, inputs: Sequence[Input], outputs: Any) -> None:
+        self._module = module  # the graph reads its parameters, which must live as long
         self._graph = graph
         self._inputs = dict(_named_tensors("inputs", inputs))
         self._outputs = outputs
@@ -71,7 +74,9 @@ def capture(module: nn.Module, *inputs: Input) -> CapturedModule:
             raise ValueError(
                 f"capture: inputs must be on one CUDA device, got {device} and, for {name}, {tensor.device}"
             )
-    with torch.cuda.device(device):
+    # Autocast's cache would hold casts of the weights that the graph reads, and drop them when autocast ends.
+    uncached = torch.autocast("cuda", enabled=autocast_is_on("cuda"), cache_enabled=False)
+    with torch.cuda.device(device), uncached:
         buffers = _copied(inputs)
         side = torch.cuda.Stream()  # warm-up leaves nothing behind on the stream that goes on
         side.wait_stream(torch.cuda.current_stream())
@@ -82,7 +87,7 @@ def capture(module: nn.Module, *inputs: Input) -> CapturedModule:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = module(*buffers)
-    return CapturedModule(graph, buffers, outputs)
+    return CapturedModule(module, graph, buffers, outputs)
 
 
 def _named_tensors(name: str, value: Input) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,7 @@ from liftbyimage.nn import ContextBlock, TokenBlock
 from liftbyimage.ops import sample_context
 from liftbyimage.ops._checks import check_dtype
 
+_MOST_LEVELS = 16
 SKELETONS = {"human3.6m": (0, FLIP_PERMUTATION), "mpi-inf-3dhp": (MPI_INF_3DHP_ROOT, MPI_INF_3DHP_FLIP_PERMUTATION)}
 
 
@@ -53,11 +54,14 @@ class ContextAwarePoseFormerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
         owner = "ContextAwarePoseFormerConfig"
-        if not self.channels or min(self.channels) < 1:
+        if not self.channels or not all(isinstance(width, int) and width >= 1 for width in self.channels):
             raise ValueError(f"{owner}: channels must be positive ints, one per level, got {self.channels}")
         for name in ("dim", "heads", "context_heads", "samples", "depth", "num_joints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{owner}: {name} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{owner}: {name} must be an int >= 1, got {value!r}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"{owner}: mlp_ratio must be more than 0, got {self.mlp_ratio}")
         for name in ("heads", "context_heads"):
             if self.dim % getattr(self, name):
                 raise ValueError(f"{owner}: dim must be a multiple of {name}, got {self.dim} and {getattr(self, name)}")
@@ -143,7 +147,7 @@ class ContextAwarePoseFormer(nn.Module):
         tokens = tokens.flatten(0, 1)  # [B · J, 1 + L, D]
         for block in self.res_blocks:
             tokens = block(tokens)
-        tokens = tokens.view(batch, joints, -1)  # [B, J, (1 + L) · D]
+        tokens = tokens.view(batch, joints, tokens.shape[1] * tokens.shape[2])  # [B, J, (1 + L) · D]
         for block in self.joint_blocks:
             tokens = block(tokens)
         return self.head(tokens)
@@ -184,14 +188,23 @@ class ContextAwarePoseFormer(nn.Module):
 
     def flip_inputs(self, pose_2d: Tensor, pose_crop: Tensor) -> tuple[Tensor, ...]:
         """The inputs of the mirrored crop: its pixel x lies at width − 1 − x, while pose_crop is centred on width/2."""
-        swap = list(SKELETONS[self.config.skeleton][1])
+        swap = self._mirrored_joints()
         mirror = pose_2d.new_tensor([-1.0, 1.0])
         shift = pose_crop.new_tensor([-2.0 / CROP_SIZE[1], 0.0])
         return pose_2d[:, swap] * mirror, pose_crop[:, swap] * mirror + shift
 
     def flip_output(self, pose_3d: Tensor) -> Tensor:
         """A pose [B, J, 3] of the mirrored picture, mirrored back."""
-        return pose_3d[:, list(SKELETONS[self.config.skeleton][1])] * pose_3d.new_tensor([-1.0, 1.0, 1.0])
+        return pose_3d[:, self._mirrored_joints()] * pose_3d.new_tensor([-1.0, 1.0, 1.0])
+
+    def _mirrored_joints(self) -> list[int]:
+        order = list(SKELETONS[self.config.skeleton][1])
+        if len(order) != self.config.num_joints:
+            raise ValueError(
+                f"ContextAwarePoseFormer: only the {len(order)} joints of a known skeleton can be mirrored, "
+                f"got {self.config.num_joints}"
+            )
+        return order
 
     def as_published(self, pose_3d: Tensor) -> Tensor:
         """A pose [B, J, 3] in the layout of the published models: [B, 1, J, 3], for MPI-INF-3DHP [B, 3, 1, J, 1]."""
@@ -201,41 +214,48 @@ class ContextAwarePoseFormer(nn.Module):
 
     def _check(self, feature_maps: Sequence[Tensor], pose_2d: Tensor, pose_crop: Tensor) -> None:
         owner, channels = "ContextAwarePoseFormer", self.config.channels
-        if isinstance(feature_maps, Tensor) or len(feature_maps) != len(channels):
-            got = "one tensor" if isinstance(feature_maps, Tensor) else f"{len(feature_maps)} maps"
-            raise ValueError(f"{owner}: feature_maps must be {len(channels)} maps, one per level, got {got}")
-        dtype = self.coord_embed.weight.dtype
+        if not isinstance(feature_maps, (list, tuple)):
+            raise TypeError(f"{owner}: feature_maps must be a list of tensors, got {type(feature_maps).__name__}")
+        if len(feature_maps) != len(channels):
+            raise ValueError(
+                f"{owner}: feature_maps must be {len(channels)} maps, one per level, got {len(feature_maps)}"
+            )
+        named = {f"feature_maps[{level}]": one for level, one in enumerate(feature_maps)}
+        for name, value in {**named, "pose_2d": pose_2d, "pose_crop": pose_crop}.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{owner}: {name} must be a tensor, got {type(value).__name__}")
+        for name, pose in (("pose_2d", pose_2d), ("pose_crop", pose_crop)):
+            check_dtype(owner, name, pose, "the model's", self.coord_embed.weight.dtype)
+            if tuple(pose.shape) != (pose_2d.shape[0], self.config.num_joints, 2):
+                raise ValueError(
+                    f"{owner}: {name} must have shape [B, {self.config.num_joints}, 2], got {list(pose.shape)}"
+                )
         batch = pose_2d.shape[0]
         for level, (feature_map, width) in enumerate(zip(feature_maps, channels, strict=True)):
             if feature_map.dim() != 4 or tuple(feature_map.shape[:2]) != (batch, width):
                 raise ValueError(
-                    f"{owner}: feature_maps[{level}] must have shape [{batch}, {width}, H, W], "
+                    f"{owner}: feature_maps[{level}] must have shape [B, {width}, H, W] with pose_2d's B = {batch}, "
                     f"got {list(feature_map.shape)}"
                 )
-            check_dtype(owner, f"feature_maps[{level}]", feature_map, "the model's", dtype)
-        for name, pose in (("pose_2d", pose_2d), ("pose_crop", pose_crop)):
-            check_dtype(owner, name, pose, "the model's", dtype)
-            if tuple(pose.shape) != (batch, self.config.num_joints, 2):
-                raise ValueError(
-                    f"{owner}: {name} must have shape [B, {self.config.num_joints}, 2], got {list(pose.shape)}"
-                )
+            check_dtype(owner, f"feature_maps[{level}]", feature_map, "the model's", self.coord_embed.weight.dtype)
 
 
 def config_of(state: Mapping[str, Tensor]) -> ContextAwarePoseFormerConfig:
     """The configuration that the weights of a published lifter have; what a missing weight would tell is the default.
 
-    Heads of level and joint blocks leave no trace in the weights: 8, as published.
+    Heads of level and joint blocks leave no trace in the weights: 8, as published. The variant for MPI-INF-3DHP is
+    known by tokens twice as wide as the first map and no context blocks.
     """
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     default = ContextAwarePoseFormerConfig()
     channels = _widths(shapes) or default.channels
     joints, dim = shapes.get("Spatial_pos_embed", (1, 0, default.num_joints, default.dim))[2:]
     depth = sum(name.startswith("res_blocks.") and name.endswith(".norm1.weight") for name in shapes)
-    hidden = shapes.get("res_blocks.0.mlp.fc1.weight", (int(default.mlp_ratio * dim),))[0]
-    context = any(name.startswith("context_blocks.") for name in shapes)
+    hidden = shapes.get("res_blocks.0.mlp.fc1.weight", (default.mlp_ratio * dim,))[0]
     head_width = shapes.get("context_blocks.0.embed_proj.0.weight", (dim // default.context_heads,))[0]
     heads = dim // head_width
     rows = shapes.get("context_blocks.0.attention_weights.weight", (heads * default.samples,))[0]
+    context = dim != 2 * channels[0] or any(name.startswith("context_blocks.") for name in shapes)
     return ContextAwarePoseFormerConfig(
         channels=channels,
         dim=dim,
@@ -250,6 +270,8 @@ def config_of(state: Mapping[str, Tensor]) -> ContextAwarePoseFormerConfig:
 
 
 def _widths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    levels = sum(name.startswith("feat_embed.") and name.endswith(".weight") for name in shapes)
-    names = [f"feat_embed.{level}.weight" for level in range(levels)]
-    return tuple(shapes[name][1] for name in names if name in shapes)
+    """Channels per level, up to the last level that any weight reads; that of a missing weight is anybody's guess."""
+    names = [f"feat_embed.{level}.weight" for level in range(_MOST_LEVELS)]
+    known = [shapes[name][1] if name in shapes else None for name in names]
+    levels = max((level + 1 for level, width in enumerate(known) if width is not None), default=0)
+    return tuple(width or 1 for width in known[:levels])

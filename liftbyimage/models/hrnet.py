@@ -298,11 +298,11 @@ def _first(items: list[str], count: int = 5) -> str:
     return f"({', '.join(items[:count])}{', …' if len(items) > count else ''})" if items else "(none)"
 
 
-def hrnet_w32(num_joints: int = 17) -> HRNet:
-    """HRNet-w32 (28,536,113 parameters with 17 joints)."""
+def hrnet_w32(num_joints: int | None = 17) -> HRNet:
+    """HRNet-w32 (28,536,113 parameters with 17 joints); None: without the pose head."""
     return HRNet(32, num_joints)
 
 
-def hrnet_w48(num_joints: int = 17) -> HRNet:
-    """HRNet-w48 (63,595,745 parameters with 17 joints)."""
+def hrnet_w48(num_joints: int | None = 17) -> HRNet:
+    """HRNet-w48 (63,595,745 parameters with 17 joints); None: without the pose head."""
     return HRNet(48, num_joints)

@@ -41,14 +41,17 @@ class Pipeline(nn.Module):
         """images [B, 3, H, W] (RGB, ImageNet-normalised) and the lifter's 2D poses → what the lifter returns.
 
         A LiftByImage takes pose_2d [B, J, 2], a ContextAwarePoseFormer pose_2d and pose_crop [B, J, 2]
-        (`lifter.pose_inputs` makes them of pixels). The encoder may compute in another dtype than the lifter, whose
-        dtype is that of the poses.
+        (`lifter.pose_inputs` makes them of pixels). The encoder may compute in another dtype than the lifter.
         """
+        if not poses or not all(isinstance(pose, Tensor) for pose in poses):
+            got = ", ".join(type(pose).__name__ for pose in poses) or "none"
+            raise TypeError(f"Pipeline: the lifter's 2D poses must follow the images as tensors, got {got}")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.report is None):
-            return self.lifter(self.read(images, poses[0].dtype), *poses)
+            return self.lifter(self.read(images), *poses)
 
-    def read(self, images: Tensor, dtype: torch.dtype) -> Tensor | list[Tensor]:
-        """What the lifter reads of images, in `dtype`."""
+    def read(self, images: Tensor) -> Tensor | list[Tensor]:
+        """What the lifter reads of images, in the lifter's dtype."""
+        dtype = next(self.lifter.parameters()).dtype
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.lifter.encoder_is_frozen):
             maps = getattr(self.encoder, self.lifter.reads)(images)
         return maps.to(dtype) if isinstance(maps, Tensor) else [one.to(dtype) for one in maps]

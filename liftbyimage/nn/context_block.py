@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from liftbyimage.nn.attention import check_heads
-from liftbyimage.nn.token_block import Mlp, draw_branch_scale, feed_forward
+from liftbyimage.nn.token_block import Mlp, add_branch, draw_branch_scale, feed_forward
 from liftbyimage.ops import residual_context, sample_context
-from liftbyimage.ops._dispatch import autocast, has_kernel
+from liftbyimage.ops._dispatch import autocast_to_float32, has_kernel
 from liftbyimage.ops.residual_context import BACKENDS
 
 
@@ -67,7 +67,7 @@ class ContextBlock(nn.Module):
     def forward(self, levels: Tensor, pose: Tensor, reference: Tensor, feature_maps: Sequence[Tensor]) -> Tensor:
         """levels [B, L, J, D], pose [B, J, D], reference [B, J, 2] in [-1, 1], L maps [B, C_l, H_l, W_l] → levels"""
         drop_path = self.drop_path if self.training else 0.0
-        read = self._read_at_once if has_kernel(BACKENDS, *autocast(levels)) else self._read
+        read = self._read_at_once if has_kernel(BACKENDS, *autocast_to_float32(levels)) else self._read
         levels = read(levels, pose, reference, feature_maps, draw_branch_scale(levels, drop_path))
         tokens = levels.flatten(1, 2)  # [B, L · J, D]
         return feed_forward(tokens, self.norm2, self.mlp, draw_branch_scale(tokens, drop_path)).view_as(levels)
@@ -86,8 +86,7 @@ class ContextBlock(nn.Module):
         offsets = self.sampling_offsets(asking).unflatten(3, (*places, 2)).tanh()  # [B, L, J, H, S, 2]
         contexts = sample_context(feature_maps, reference, offsets, weights)
         gathered = [embed(context).flatten(2) for embed, context in zip(self.embed_proj, contexts, strict=True)]
-        branch = torch.stack(gathered, dim=1)  # [B, L, J, D]
-        return levels + (branch if branch_scale is None else branch * branch_scale[:, None, None, None])
+        return add_branch(levels, torch.stack(gathered, dim=1), branch_scale)
 
     def _read_at_once(
         self,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from liftbyimage.nn.attention import check_heads
 from liftbyimage.ops import attend_tokens, residual_attention, residual_feed_forward
-from liftbyimage.ops._dispatch import autocast, has_kernel
-from liftbyimage.ops.residual_attention import BACKENDS
+from liftbyimage.ops._dispatch import Backend, autocast_is_on, has_kernel
+from liftbyimage.ops.residual_attention import BACKENDS as ATTENTION_BACKENDS
+from liftbyimage.ops.residual_feed_forward import BACKENDS as FEED_FORWARD_BACKENDS
 
 PUBLISHED_EPS = 1e-6  # of these blocks' layer norms; elsewhere PyTorch's 1e-5
 
@@ -26,14 +30,28 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
-        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.fc1 = nn.Linear(dim, round(dim * mlp_ratio))
+        self.fc2 = nn.Linear(round(dim * mlp_ratio), dim)
 
 
 def feed_forward(tokens: Tensor, norm: nn.LayerNorm, mlp: Mlp, branch_scale: Tensor | None) -> Tensor:
     """tokens [B, T, D] + branch_scale · mlp(norm(tokens))"""
-    weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-    return residual_feed_forward(tokens, norm.weight, norm.bias, *weights, branch_scale, eps=norm.eps)
+    if fuses(FEED_FORWARD_BACKENDS, tokens):
+        weights = (norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        return residual_feed_forward(tokens, *weights, branch_scale, eps=norm.eps)
+    return add_branch(tokens, mlp.fc2(F.gelu(mlp.fc1(norm(tokens)))), branch_scale)
+
+
+def fuses(backends: Sequence[Backend], tokens: Tensor) -> bool:
+    """Whether half a block is one op: where a kernel serves; but under autocast PyTorch's layers keep tokens float32"""
+    return not autocast_is_on(tokens.device.type) and has_kernel(backends, tokens)
+
+
+def add_branch(tokens: Tensor, branch: Tensor, branch_scale: Tensor | None) -> Tensor:
+    """tokens [B, …] + branch_scale [B] · branch"""
+    if branch_scale is None:
+        return tokens + branch
+    return tokens + branch * branch_scale.view(-1, *(1,) * (branch.dim() - 1))
 
 
 def draw_branch_scale(tokens: Tensor, drop_path: float) -> Tensor | None:
@@ -45,8 +63,8 @@ def draw_branch_scale(tokens: Tensor, drop_path: float) -> Tensor | None:
 
 
 class TokenBlock(nn.Module):
-    """tokens + attention(norm1(tokens)), then the same with a feed-forward: two fused ops, or, where the
-    first has no kernel, PyTorch's layers about `ops.attend_tokens`.
+    """tokens + attention(norm1(tokens)), then the same with a feed-forward: two fused ops, or, where they
+    have no kernel, PyTorch's layers about `ops.attend_tokens`.
 
     Its numbers equal torch.nn.TransformerEncoderLayer(dim, heads, mlp_ratio · dim, dropout=0, activation="gelu",
     norm_first=True, batch_first=True, layer_norm_eps=1e-6) with the same weights.
@@ -73,11 +91,10 @@ class TokenBlock(nn.Module):
 
     def _attend(self, tokens: Tensor, branch_scale: Tensor | None) -> Tensor:
         norm, attn = self.norm1, self.attn
-        if has_kernel(BACKENDS, *autocast(tokens)):
+        if fuses(ATTENTION_BACKENDS, tokens):
             weights = (norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
             return residual_attention(tokens, *weights, branch_scale, heads=self.heads, eps=norm.eps)
-        branch = attn.proj(attend_tokens(attn.qkv(norm(tokens)), heads=self.heads))
-        return tokens + (branch if branch_scale is None else branch * branch_scale[:, None, None])
+        return add_branch(tokens, attn.proj(attend_tokens(attn.qkv(norm(tokens)), heads=self.heads)), branch_scale)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, drop_path={self.drop_path:g}"

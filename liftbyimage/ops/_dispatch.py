@@ -208,9 +208,16 @@ def autocast_is_on(device: str) -> bool:
 def autocast(*tensors: Input) -> tuple[Input, ...]:
     """Cast floating tensors to the autocast dtype where autocast is on; float64 stays, and one object stays one."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not autocast_is_on(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+    return _cast(tensors, torch.get_autocast_dtype(device)) if autocast_is_on(device) else tensors
+
+
+def autocast_to_float32(*tensors: Input) -> tuple[Input, ...]:
+    """The same to float32, for ops whose inputs a 16-bit type would spoil: places in a feature map."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    return _cast(tensors, torch.float32) if autocast_is_on(device) else tensors
+
+
+def _cast(tensors: tuple[Input, ...], dtype: torch.dtype) -> tuple[Input, ...]:
     cast: dict[int, Any] = {}
     for tensor in tensors:
         cast[id(tensor)] = tensor

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from liftbyimage.ops._checks import check_eps, check_like, check_positive, check_tensor
 from liftbyimage.ops._dispatch import (
     Backend,
-    autocast,
+    autocast_to_float32,
     count_flops,
     native_op,
     needs_graph,
@@ -247,6 +247,7 @@ def residual_context(
         tokens [B, L, J, D] in the input dtype (16-bit types: float32 inside), differentiable with respect to every
         tensor argument but branch_scale; the inputs alone are kept for the backward pass. A NaN in a token or its pose
         gives NaN in that token, unless its sample's branch_scale is 0 and a NaN in the token merely passes through.
+        Under autocast all becomes float32: places need its digits.
 
     Raises:
         TypeError: an argument is no floating-point tensor or list of such, or dtypes differ, or heads is no int, or eps
@@ -256,7 +257,7 @@ def residual_context(
     """
     arguments: list[Any] = [tokens, pose, reference, feature_maps, norm_weight, norm_bias, weights_weight, weights_bias]
     arguments += [offsets_weight, offsets_bias, embed_weights, embed_biases, branch_scale]
-    flat = autocast(*_flatten(arguments))
+    flat = autocast_to_float32(*_flatten(arguments))
     rest = iter(flat)
     arguments = [[next(rest) for _ in a] if isinstance(a, (list, tuple)) else next(rest) for a in arguments]
     _check(*arguments, heads=heads, eps=eps)

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from liftbyimage.ops._checks import check_like, check_positive, check_sizes, check_tensor
 from liftbyimage.ops._dispatch import (
     Backend,
-    autocast,
+    autocast_to_float32,
     count_flops,
     native_op,
     needs_graph,
@@ -258,7 +258,8 @@ def sample_context(
     Returns:
         L contexts [B, J, H, C_l] in the input dtype, differentiable with respect to reference, offsets and weights, and
         to those maps that require gradients; the others cost nothing. A NaN place gives NaN in its row (b, l, j, h),
-        which hands on no gradient; a place at or beyond the border of padding "border" has a zero gradient.
+        which hands on no gradient; a place at or beyond the border of padding "border" has a zero gradient. Under
+        autocast all becomes float32, as for torch.nn.functional.grid_sample: a place needs its digits.
 
     Raises:
         TypeError: an argument is no floating-point tensor or list of such, or dtypes differ.
@@ -266,7 +267,7 @@ def sample_context(
             unknown or cannot serve.
     """
     if isinstance(feature_maps, (list, tuple)):
-        reference, offsets, weights, *feature_maps = autocast(reference, offsets, weights, *feature_maps)
+        reference, offsets, weights, *feature_maps = autocast_to_float32(reference, offsets, weights, *feature_maps)
     _check(feature_maps, reference, offsets, weights, padding=padding)
     chosen = select(OP, BACKENDS, backend, offsets, reference, weights, *feature_maps)
     if chosen.forward is None:

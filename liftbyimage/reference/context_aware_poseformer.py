@@ -35,8 +35,8 @@ class DropPath(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
-        self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+        self.fc1 = nn.Linear(dim, round(dim * mlp_ratio))
+        self.fc2 = nn.Linear(round(dim * mlp_ratio), dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(tokens)))
