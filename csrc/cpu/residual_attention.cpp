@@ -1,7 +1,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
@@ -104,46 +103,37 @@ class ResidualAttention {
   }
 };
 
-// Gradients over the kept samples, in chunks of whole samples. The products with weights are those of BLAS.
+// Gradients over the kept samples, in chunks of whole samples.
 template <typename T>
 class ResidualAttentionBackward {
  public:
   ResidualBranchBackward<T> branch;
   int64_t heads;
-  const T* in_proj_weight;
-  const T* out_proj_weight;
+  const LinearBackward<T>& in_proj;
+  const LinearBackward<T>& out_proj;
   const T* projected;  // [B, T, 3D]
-  // As the tensors of the forward; null where not wanted. They start at zero.
-  T* grad_in_proj_weight;
-  T* grad_in_proj_bias;
-  T* grad_out_proj_weight;
-  T* grad_out_proj_bias;
 
-  void run() const {
-    const int64_t width = branch.width, samples = branch.kept.size();
-    if (samples == 0) {
-      return;
-    }
-    const int64_t most = even_piece(samples, std::max<int64_t>(1, chunk_rows / branch.count)) * branch.count;
-    const Buffer<T> scratch = uninitialized<T>(most * 8 * width);
-    T* grad_branch = scratch.get();                     // [rows, D]
-    T* normalized = grad_branch + most * width;         // [rows, D]
-    T* grad_attended = normalized + most * width;       // [rows, D], then that of what is normalized
-    T* attended = grad_attended + most * width;         // [rows, D]
-    T* grad_projected = attended + most * width;        // [rows, 3D]
-    for (int64_t first = 0; first < samples * branch.count; first += most) {
-      const int64_t rows = std::min(most, samples * branch.count - first);
+  void run(const RowPasses& passes, int64_t part, const BranchGradients<T>& grads) const {
+    const int64_t width = branch.width, most = passes.chunk;
+    const Buffer<T> scratch = uninitialized<T>(most * 7 * width);
+    T* grad_branch = scratch.get();                // [rows, D]
+    T* normalized = grad_branch + most * width;    // [rows, D]
+    T* grad_attended = normalized + most * width;  // [rows, D], then that of what is normalized
+    T* attended = grad_attended + most * width;    // [rows, D]
+    T* grad_projected = attended + most * width;   // [rows, 3D]
+    bool add = false;
+    passes.for_chunks(part, [&](int64_t first, int64_t rows) {
       branch.begin(first, rows, grad_branch, normalized);
-      tiled_product(Transpose::no, Transpose::no, rows, width, width, grad_branch, width, out_proj_weight, width,
-                    false, grad_attended, width);
+      out_proj.differentiate_inputs(rows, grad_branch, grad_attended);
       differentiate_attention(first, rows, grad_attended, attended, grad_projected);
-      if (branch.wants_normalized()) {
-        tiled_product(Transpose::no, Transpose::no, rows, width, 3 * width, grad_projected, 3 * width, in_proj_weight,
-                      width, false, grad_attended, width);
+      if (branch.wants_normalized(grads)) {
+        in_proj.differentiate_inputs(rows, grad_projected, grad_attended);
+        branch.finish(first, rows, grad_attended, grads);
       }
-      branch.finish(first, rows, grad_attended);
-      add_weight_gradients(first > 0, rows, grad_branch, normalized, attended, grad_projected);
-    }
+      out_proj.differentiate_parameters(rows, grad_branch, attended, add, grads.weight2, grads.bias2);
+      in_proj.differentiate_parameters(rows, grad_projected, normalized, add, grads.weight1, grads.bias1);
+      add = true;
+    });
   }
 
  private:
@@ -159,25 +149,6 @@ class ResidualAttentionBackward {
                          grad_attended + row * width + column, width, scratch.get(), attended + row * width + column,
                          grads, grads + width, grads + 2 * width);
     });
-  }
-
-  void add_weight_gradients(bool add, int64_t rows, const T* grad_branch, const T* normalized, const T* attended,
-                            const T* grad_projected) const {
-    const int64_t width = branch.width;
-    if (grad_out_proj_weight != nullptr) {
-      tiled_product(Transpose::yes, Transpose::no, width, width, rows, grad_branch, width, attended, width, add,
-                    grad_out_proj_weight, width);
-    }
-    if (grad_in_proj_weight != nullptr) {
-      tiled_product(Transpose::yes, Transpose::no, 3 * width, width, rows, grad_projected, 3 * width, normalized, width,
-                    add, grad_in_proj_weight, width);
-    }
-    if (grad_out_proj_bias != nullptr) {
-      add_column_sums(rows, width, grad_branch, grad_out_proj_bias);
-    }
-    if (grad_in_proj_bias != nullptr) {
-      add_column_sums(rows, 3 * width, grad_projected, grad_in_proj_bias);
-    }
   }
 };
 
@@ -273,47 +244,38 @@ std::vector<at::Tensor> residual_attention_backward(
   const at::Tensor out_proj_weight = operand(out_proj_weight_in, sums);
   const at::Tensor projected = operand(projected_in, sums), statistics = statistics_in.contiguous();
 
-  std::array<at::Tensor, 7> grads;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (wanted[i]) {
-      grads[i] = at::zeros(inputs[i]->sizes(), tokens.options());
-    }
-  }
+  BranchTensors grads;
   AT_DISPATCH_FLOATING_TYPES(sums, "residual_attention_backward", [&] {
     using T = scalar_t;
     const KeptSamples<T> kept(branch_scale, batch);
+    grads = branch_tensors(inputs, wanted, tokens.options(), kept.size() > 0);
     if (grads[0].defined() && kept.size() < batch) {
       grads[0].copy_(grad_updated);
     }
-    const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<T>(); };
-    const auto target = [&](int i) { return grads[i].defined() ? grads[i].mutable_data_ptr<T>() : nullptr; };
-    ResidualAttentionBackward<T>{{count,
-                                  width,
-                                  {data(norm_weight), data(norm_bias), width, T(0)},
-                                  kept,
-                                  data(tokens),
-                                  data(grad_updated),
-                                  data(statistics),
-                                  target(0),
-                                  target(1),
-                                  target(2)},
-                                 heads,
-                                 data(in_proj_weight),
-                                 data(out_proj_weight),
-                                 data(projected),
-                                 target(3),
-                                 target(4),
-                                 target(5),
-                                 target(6)}
-        .run();
-  });
-  std::vector<at::Tensor> results;
-  for (const at::Tensor& grad : grads) {
-    if (grad.defined()) {
-      results.push_back(grad.to(type));
+    if (kept.size() == 0) {
+      return;
     }
-  }
-  return results;
+    const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<T>(); };
+    const bool narrow = is_narrow<T>(4 * width * width);
+    const LinearBackward<T> in_proj(data(in_proj_weight), 3 * width, width, narrow);
+    const LinearBackward<T> out_proj(data(out_proj_weight), width, width, narrow);
+    const ResidualAttentionBackward<T> kernel{{count,
+                                               width,
+                                               {data(norm_weight), data(norm_bias), width, T(0)},
+                                               kept,
+                                               data(tokens),
+                                               data(grad_updated),
+                                               data(statistics),
+                                               grads[0].defined() ? grads[0].mutable_data_ptr<T>() : nullptr},
+                                              heads,
+                                              in_proj,
+                                              out_proj,
+                                              data(projected)};
+    const RowPasses passes = row_passes(kept.size() * count, count, narrow);
+    for_parts<T>(passes.parts(), grads,
+                 [&](int64_t part, const BranchGradients<T>& own) { kernel.run(passes, part, own); });
+  });
+  return defined_tensors(grads, type);
 }
 
 }  // namespace liftbyimage::cpu

@@ -1,10 +1,16 @@
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "linear_gradients.h"
 #include "small_tokens.h"
@@ -66,6 +72,57 @@ struct ResidualBranch {
   }
 };
 
+// Of the parameters of a branch with two linear layers; null where not wanted. Those of biases and of the norm start at
+// zero, the others need not.
+template <typename T>
+struct BranchGradients {
+  T* norm_weight;
+  T* norm_bias;
+  T* weight1;
+  T* bias1;
+  T* weight2;
+  T* bias2;
+};
+
+// The tensors of a branch's gradients: tokens, norm weight and bias, weight and bias of each linear layer; undefined
+// where not wanted.
+using BranchTensors = std::array<at::Tensor, 7>;
+
+// f(part, gradients) for every part of the rows; the parts' gradients are then summed in their order.
+template <typename T, typename F>
+void for_parts(int64_t parts, const BranchTensors& tensors, const F& f) {
+  const auto gradients = [&](const auto& of) { return BranchGradients<T>{of(1), of(2), of(3), of(4), of(5), of(6)}; };
+  if (parts == 1) {
+    f(int64_t(0), gradients([&](int i) { return tensors[i].defined() ? tensors[i].mutable_data_ptr<T>() : nullptr; }));
+    return;
+  }
+  constexpr int64_t line = 64 / sizeof(T);
+  std::array<int64_t, 8> starts = {};  // of each tensor in the sums of a part, the end last
+  for (size_t i = 1; i < tensors.size(); ++i) {
+    starts[i + 1] = starts[i] + (tensors[i].defined() ? line * divide_up(tensors[i].numel(), line) : 0);
+  }
+  const int64_t size = starts[tensors.size()];
+  const Buffer<T> sums = uninitialized<T>(parts * size);
+  parallel_tasks(parts, 1, [&](int64_t part) {
+    T* own = sums.get() + part * size;
+    std::fill_n(own, size, T(0));
+    f(part, gradients([&](int i) { return tensors[i].defined() ? own + starts[i] : nullptr; }));
+  });
+  for (size_t i = 1; i < tensors.size(); ++i) {
+    if (!tensors[i].defined()) {
+      continue;
+    }
+    T* target = tensors[i].mutable_data_ptr<T>();
+    for_columns(tensors[i].numel(), 4096, [&](int64_t first, int64_t count) {
+      const T* source = sums.get() + starts[i] + first;
+      std::copy_n(source, count, target + first);
+      for (int64_t part = 1; part < parts; ++part) {
+        scale_row(target + first, source + part * size, T(1), count, true);
+      }
+    });
+  }
+}
+
 template <typename T>
 struct ResidualBranchBackward {
   int64_t count, width;
@@ -74,15 +131,13 @@ struct ResidualBranchBackward {
   const T* tokens;       // [B, T, D], as grad_updated
   const T* grad_updated;
   const T* statistics;   // [B, T, 2]
-  // As the tensors of the forward; null where not wanted. All but the tokens' start at zero.
-  T* grad_tokens;
-  T* grad_norm_weight;
-  T* grad_norm_bias;
+  T* grad_tokens;        // null: not wanted
 
   int64_t token_of(int64_t row) const { return kept.samples[row / count] * count + row % count; }
 
-  bool wants_normalized() const {
-    return grad_tokens != nullptr || grad_norm_weight != nullptr || grad_norm_bias != nullptr;
+  // Whether the gradient of the branch's input is of use.
+  bool wants_normalized(const BranchGradients<T>& grads) const {
+    return grad_tokens != nullptr || grads.norm_weight != nullptr || grads.norm_bias != nullptr;
   }
 
   // The gradient of the branch's result, and its input again, [size, D] each, for the kept rows [first, first + size).
@@ -96,7 +151,7 @@ struct ResidualBranchBackward {
   }
 
   // What the gradient of the branch's input [size, D] gives tokens and layer norm.
-  void finish(int64_t first, int64_t size, const T* grad_normalized) const {
+  void finish(int64_t first, int64_t size, const T* grad_normalized, const BranchGradients<T>& grads) const {
     using Vec = at::vec::Vectorized<T>;
     if (grad_tokens != nullptr) {
       parallel_tasks(size, 24, [&](int64_t row) {
@@ -105,11 +160,11 @@ struct ResidualBranchBackward {
                                grad_updated + at, grad_tokens + at);
       });
     }
-    if (grad_norm_bias != nullptr) {
-      add_column_sums(size, width, grad_normalized, grad_norm_bias);
+    if (grads.norm_bias != nullptr) {
+      add_column_sums(size, width, grad_normalized, grads.norm_bias);
     }
-    if (grad_norm_weight != nullptr) {
-      add_column_sums(size, width, grad_norm_weight, [&](int64_t row, int64_t column, int64_t lanes) {
+    if (grads.norm_weight != nullptr) {
+      add_column_sums(size, width, grads.norm_weight, [&](int64_t row, int64_t column, int64_t lanes) {
         const int64_t token = token_of(first + row);
         const RowStatistics<T> found = statistics_at(token);
         const Vec normal =
@@ -129,6 +184,30 @@ inline at::ScalarType sums_type(at::ScalarType type) { return type == at::kDoubl
 inline at::Tensor operand(const at::Tensor& tensor, at::ScalarType type) {
   const at::Tensor dense = tensor.to(type).contiguous();
   return is_aligned(dense.const_data_ptr()) ? dense : dense.clone();
+}
+
+// Of a branch's backward pass: empty where `any` sample is kept and all is written, else zeros.
+inline BranchTensors branch_tensors(const std::array<const at::Tensor*, 7>& inputs, const c10::List<bool>& wanted,
+                                    const at::TensorOptions& options, bool any) {
+  BranchTensors grads;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (wanted[i]) {
+      const bool written = any && inputs[i]->dim() > 1;  // biases and norms are added to
+      grads[i] = written ? at::empty(inputs[i]->sizes(), options) : at::zeros(inputs[i]->sizes(), options);
+    }
+  }
+  return grads;
+}
+
+// Those wanted, as the op returns them.
+inline std::vector<at::Tensor> defined_tensors(const BranchTensors& tensors, at::ScalarType type) {
+  std::vector<at::Tensor> results;
+  for (const at::Tensor& tensor : tensors) {
+    if (tensor.defined()) {
+      results.push_back(tensor.to(type));
+    }
+  }
+  return results;
 }
 
 }  // namespace liftbyimage::cpu

@@ -174,8 +174,9 @@ inline void dot_block(const S* x, int64_t x_stride, const S* w, int64_t w_stride
   }
 }
 
-// x M of R rows and C vectors of columns, the last of them `lanes` wide; x_step is from one inner element to the next.
-template <int R, int C, typename T>
+// x M of R rows and C vectors of columns, the last of them `lanes` wide, added to the target or not; x_step is from one
+// inner element to the next.
+template <int R, int C, bool add, typename T>
 inline void outer_block(const T* x, int64_t x_stride, int64_t x_step, const T* m, int64_t m_stride, int64_t inner,
                         int64_t lanes, T* target, int64_t target_stride) {
   using Vec = at::vec::Vectorized<T>;
@@ -184,7 +185,8 @@ inline void outer_block(const T* x, int64_t x_stride, int64_t x_step, const T* m
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      sums[r][c] = Vec(0);
+      const T* at = target + r * target_stride + c * Vec::size();
+      sums[r][c] = !add ? Vec(0) : C > 1 ? Vec::loadu(at) : Vec::loadu(at, lanes);
     }
   }
   for (int64_t k = 0; k < inner; ++k) {
@@ -381,15 +383,15 @@ void multiply_packed(int64_t rows, int64_t columns, int64_t inputs, const S* x, 
   }
 }
 
-// target [rows, columns] = x M: x [rows, inner] of any two strides, M [inner, columns].
-template <typename T>
+// target [rows, columns] = x M, or += x M: x [rows, inner] of any two strides, M [inner, columns].
+template <bool add = false, typename T>
 void multiply(int64_t rows, int64_t columns, int64_t inner, const T* x, int64_t x_stride, int64_t x_step, const T* m,
               int64_t m_stride, T* target, int64_t target_stride) {
   constexpr int64_t lanes = at::vec::Vectorized<T>::size();
   const auto all_rows = [&](int64_t column, auto vectors, int64_t count) {
     for (int64_t row = 0; row < rows; row += block_rows) {
       with_rows(rows - row, [&](auto rows_of_block) {
-        outer_block<decltype(rows_of_block)::value, decltype(vectors)::value>(
+        outer_block<decltype(rows_of_block)::value, decltype(vectors)::value, add>(
             x + row * x_stride, x_stride, x_step, m + column, m_stride, inner, count,
             target + row * target_stride + column, target_stride);
       });
