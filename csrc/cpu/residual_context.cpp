@@ -174,7 +174,7 @@ struct ParameterLayout {
 };
 
 // As many as threads are of use, for their sums are added up in the end (90 kB each at D = 128).
-constexpr int64_t most_parts = 16;
+constexpr int64_t most_sample_parts = 16;
 
 // Gradients over the kept samples. A part of the batch belongs to one thread, which adds up its share of the gradients
 // of the parameters; what lies between is computed again and stays in its cache.
@@ -615,7 +615,7 @@ std::vector<at::Tensor> residual_context_backward(
                                                    target(1),
                                                    target(2),
                                                    grad_maps};
-    const int64_t part = divide_up(std::max<int64_t>(kept.size(), 1), most_parts);
+    const int64_t part = divide_up(std::max<int64_t>(kept.size(), 1), most_sample_parts);
     const int64_t parts = divide_up(kept.size(), part);
     const at::Tensor partials = at::zeros({parts, layout.size}, asking_weight.options());
     T* sums = partials.mutable_data_ptr<T>();
