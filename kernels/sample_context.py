@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ._common import COMPILER, on_device, padded
 
-FAR_OUTSIDE = tl.constexpr(4.0)  # grid units: with zero padding nothing can be read from there on
+FAR_OUTSIDE = tl.constexpr(4.0)  # grid units: outside any map of more than one pixel
 GATHER_BYTES = 1024  # of a tile of `gather` and `places`: 16 bytes in each of 64 threads
 SCATTER_ELEMENTS = 4096  # of a tile of `scatter`: 16 float32 sums in each of 256 threads
 
@@ -69,8 +69,9 @@ def corner(map_pointer, y, x, ok, column, column_ok, size):
     height, width, _, stride_c, stride_y, stride_x = size
     inside = ok & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     pixel = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    channel = column.to(tl.int64) * stride_c
     mask = inside[:, None] & column_ok[None, :]
-    return tl.load(map_pointer + pixel[:, None] + column[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(map_pointer + pixel[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -186,8 +187,9 @@ def places_level(
         if grad_offsets_pointer is not None:
             dtype = grad_offsets_pointer.dtype.element_ty
             weight = tl.load(weights_pointer + first + s, mask=head_ok, other=0.0).to(tl.float32)
-            grad_x = tl.where(known, tl.sum(along_x, 1) * weight * slope_x, 0.0)
-            grad_y = tl.where(known, tl.sum(along_y, 1) * weight * slope_y, 0.0)
+            # Where the slope is zero, so is the gradient, whatever the corners hold.
+            grad_x = tl.where(known & (slope_x != 0), tl.sum(along_x, 1) * weight * slope_x, 0.0)
+            grad_y = tl.where(known & (slope_y != 0), tl.sum(along_y, 1) * weight * slope_y, 0.0)
             tl.store(grad_offsets_pointer + 2 * (first + s), grad_x.to(dtype), mask=head_ok)
             tl.store(grad_offsets_pointer + 2 * (first + s) + 1, grad_y.to(dtype), mask=head_ok)
 

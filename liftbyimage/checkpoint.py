@@ -41,7 +41,15 @@ def save_pipeline(
         dtype: store floating-point weights in this dtype (float16 halves the file); None keeps theirs.
         extra: plain values and tensors to store beside the weights.
         with_encoder: False leaves the encoder's weights out, for an HRNet whose official file is at hand.
+
+    Raises:
+        ValueError: no encoder of that name and configuration has the pipeline's weights, so that the file could not be
+            read back: another configuration, an encoder of your own, or a pipeline that `optimize` made.
     """
+    if with_encoder:
+        with torch.device("meta"):
+            twin = models.build_encoder(encoder, **(encoder_config or {}))
+        _check_fits(twin, pipeline.encoder.state_dict(), f"save_pipeline: the encoder, as {encoder!r},")
     save_atomically(
         {
             "format": FORMAT,
@@ -76,12 +84,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _require_format(contents: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        found = contents.get("format") if isinstance(contents, dict) else type(contents).__name__
-        raise ValueError(f"checkpoint {path}: expected format {FORMAT!r}, got {found!r}")
+        raise ValueError(
+            f"checkpoint {path}: expected what save_pipeline writes ({FORMAT!r}), or weights named "
+            f"{_PUBLISHED_BACKBONE}* and {_PUBLISHED_LIFTER}*, got {_contents_in_short(contents)}"
+        )
     missing = [part for part in PARTS if part not in contents]
     if missing:
         raise ValueError(f"checkpoint {path}: expected {', '.join(PARTS)}, got none of {', '.join(missing)}")
     return contents
+
+
+def _contents_in_short(contents: Any) -> str:
+    if not isinstance(contents, dict):
+        return f"a {type(contents).__name__}"
+    if "format" in contents:
+        return f"format {contents['format']!r}"
+    return f"the names {_first([str(name) for name in contents], 3)}" if contents else "nothing"
 
 
 def _read_tensors(path: str | os.PathLike[str], what: str) -> Any:
@@ -96,6 +114,7 @@ def _read_tensors(path: str | os.PathLike[str], what: str) -> Any:
 def load_pipeline(
     path: str | os.PathLike[str],
     encoder_weights: str | os.PathLike[str] | None = None,
+    *,
     model: str | None = None,
 ) -> models.Pipeline:
     """The pipeline a checkpoint holds, in float32 and evaluation mode.
@@ -112,12 +131,14 @@ def load_pipeline(
             it holds no encoder weights and none are given; or the given ones are not of the HRNet that its lifter
             needs.
     """
+    known = (models.LiftByImage.name, models.ContextAwarePoseFormer.name)
+    if model not in (None, *known):
+        raise ValueError(f"load_pipeline: model must be one of {', '.join(known)}, got {model!r}")
     contents = _read_tensors(path, "checkpoint")
     published = _published_weights(contents)
     if published is None:
         contents = _require_format(contents, path)
     name = contents["lifter"] if published is None else models.ContextAwarePoseFormer.name
-    known = (models.LiftByImage.name, models.ContextAwarePoseFormer.name)
     if name not in known:
         raise ValueError(f"checkpoint {path}: lifter must be one of {', '.join(known)}, got {name!r}")
     if model not in (None, name):
@@ -239,6 +260,11 @@ def official_hrnet(path: str | os.PathLike[str], what: str) -> models.HRNet:
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load a state dict strictly; one sentence names what does not fit. `num_batches_tracked` may be missing."""
+    _check_fits(module, state, what)
+    module.load_state_dict({**module.state_dict(), **state})
+
+
+def _check_fits(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
     unknown = [name for name in state if name not in own]
@@ -252,7 +278,6 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
                 f"{what} is of another configuration: {name} must have shape {list(own[name].shape)}, "
                 f"got {list(tensor.shape)}"
             )
-    module.load_state_dict({**own, **state})
 
 
 def _first(names: list[str], count: int = 5) -> str:

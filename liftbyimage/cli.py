@@ -96,7 +96,10 @@ def lift(
         str | None,
         typer.Option(metavar="MODULE:FUNCTION", help="Your function that finds people; the largest is lifted."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model that --checkpoint must hold.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model that --checkpoint must hold: lift-by-image or context-aware-poseformer."),
+    ] = None,
     encoder_weights: Annotated[
         Path | None, typer.Option(help="Official HRNet weights (w32 or w48) for the checkpoint's encoder.")
     ] = None,
@@ -145,7 +148,7 @@ def _load_pipeline(checkpoint: Path | None, encoder_weights: Path | None, model:
         )
     if checkpoint is None and model not in (None, DEMO_MODEL):
         raise ValueError(f"--model {model} needs --checkpoint: the demonstration model is {DEMO_MODEL}")
-    return load_pipeline(checkpoint or DEMO_CHECKPOINT, encoder_weights, model)
+    return load_pipeline(checkpoint or DEMO_CHECKPOINT, encoder_weights, model=model)
 
 
 @app.command("train-demo")

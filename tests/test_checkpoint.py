@@ -122,10 +122,16 @@ def test_foreign_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 
 def test_wrong_format(tmp_path: Path, saved: Path) -> None:
     _change(saved, format="other-7")
-    _refused(saved, f"checkpoint {saved}: expected format 'liftbyimage-checkpoint-1', got 'other-7'")
+    expected = (
+        "expected what save_pipeline writes ('liftbyimage-checkpoint-1'), or weights named backbone.* and volume_net.*"
+    )
+    _refused(saved, f"checkpoint {saved}: {expected}, got format 'other-7'")
     path = tmp_path / "list.pt"
     torch.save([1, 2], path)
-    _refused(path, f"checkpoint {path}: expected format 'liftbyimage-checkpoint-1', got 'list'")
+    _refused(path, f"checkpoint {path}: {expected}, got a list")
+    torch.save(models.PoseOnlyLifter(dim=32, heads=4).state_dict(), path)
+    with pytest.raises(ValueError, match=r"got the names \S+, \S+, \S+, …$"):
+        checkpoint.load_pipeline(path)
 
 
 def test_incomplete_checkpoint(tmp_path: Path) -> None:
@@ -234,3 +240,24 @@ def test_encoder_weights_that_are_none(tmp_path: Path) -> None:
         "[joints, width, 1, 1], got no such tensor",
         encoder_weights=weights,
     )
+
+
+def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, pipeline: models.Pipeline) -> None:
+    path = tmp_path / "lifter.pt"
+    with pytest.raises(ValueError, match="^encoder must be one of hrnet-w32, hrnet-w48, tiny, got 'hrnet'$"):
+        checkpoint.save_pipeline(pipeline, path, encoder="hrnet")
+    with pytest.raises(
+        ValueError, match="^save_pipeline: the encoder, as 'hrnet-w32', misses 1462 weights of this conf"
+    ):
+        checkpoint.save_pipeline(pipeline, path, encoder="hrnet-w32")
+    fast = pipeline.eval().optimize(torch.randn(1, 3, 256, 192))
+    with pytest.raises(ValueError, match="^save_pipeline: the encoder, as 'tiny', misses"):
+        checkpoint.save_pipeline(fast, path, encoder="tiny")
+    assert not path.exists()
+
+
+def test_model_that_does_not_exist(saved: Path) -> None:
+    with pytest.raises(
+        ValueError, match="^load_pipeline: model must be one of lift-by-image, context-aware-poseformer, got"
+    ):
+        checkpoint.load_pipeline(saved, model="capf")

@@ -663,6 +663,17 @@ def test_places_far_outside(backend, padding, far):
     assert not gradients["offsets"][..., 0].any()
 
 
+@pytest.mark.parametrize("backend", SAMPLING)
+def test_a_place_on_the_border_has_no_gradient_whatever_the_map_holds(backend):
+    inputs = make_inputs("sample_context", Case("border", J=2), torch.float32, device_of(backend))
+    require("sample_context", backend, inputs)
+    inputs["offsets"][..., 0] = 7.0
+    for feature_map in inputs["feature_maps"]:
+        feature_map[..., -1] = float("nan")
+    gradients = run("sample_context", differentiable(inputs, torch.float32), backend)[1]
+    assert torch.equal(gradients["offsets"][..., 0], torch.zeros_like(gradients["offsets"][..., 0]))
+
+
 @pytest.mark.parametrize("padding", ["border", "zeros"])
 def test_sampling_is_grid_sample(padding):
     inputs = make_inputs("sample_context", Case("oracle", magnitude=2.0, padding=padding), torch.float64)

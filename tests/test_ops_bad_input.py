@@ -498,7 +498,6 @@ def call(op, **changes):
             ValueError,
             "branch_scale must be on tokens's device cpu, got meta",
         ),
-        ("attend_tokens", {"backend": "cuda"}, ValueError, "backend must be one of cpu, triton, reference, got 'cuda'"),
     ],
 )
 def test_message(op, changes, error, text):

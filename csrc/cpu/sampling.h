@@ -213,8 +213,11 @@ class Corners {
   // Derivatives of the sample with respect to x and y of its place, given that of each corner's value.
   std::array<T, 2> place_gradient(int64_t place, const T* corner) const {
     const Between &x = x_[place], &y = y_[place];
-    return {x.slope * ((corner[1] - corner[0]) * (1 - y.fraction) + (corner[3] - corner[2]) * y.fraction),
-            y.slope * ((corner[2] - corner[0]) * (1 - x.fraction) + (corner[3] - corner[1]) * x.fraction)};
+    // Where the slope is zero, so is the gradient, whatever the corners hold.
+    return {x.slope == 0 ? T(0)
+                         : x.slope * ((corner[1] - corner[0]) * (1 - y.fraction) + (corner[3] - corner[2]) * y.fraction),
+            y.slope == 0 ? T(0)
+                         : y.slope * ((corner[2] - corner[0]) * (1 - x.fraction) + (corner[3] - corner[1]) * x.fraction)};
   }
 
  private:

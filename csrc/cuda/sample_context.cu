@@ -27,7 +27,7 @@ namespace {
 constexpr int kGatherThreads = 128;
 constexpr int kScatterThreads = 256;
 constexpr int kScatterWarps = kScatterThreads / kWarp;
-constexpr float kFarOutside = 4.0f;  // grid units: with zero padding nothing can be read from there on
+constexpr float kFarOutside = 4.0f;  // grid units: outside any map of more than one pixel
 
 // Where a place lies along one axis of a map.
 struct OnAxis {
@@ -228,6 +228,9 @@ __device__ void place_gradients(const SampleContextBackward& params, const Joint
     read = warp_sum(read);
     along_x = warp_sum(along_x) * place.weight * place.x.slope;
     along_y = warp_sum(along_y) * place.weight * place.y.slope;
+    // Where the slope is zero, so is the gradient, whatever the corners hold.
+    along_x = place.x.slope == 0.0f ? 0.0f : along_x;
+    along_y = place.y.slope == 0.0f ? 0.0f : along_y;
     bool known = true;
     for (int32_t s = 0; s < in.samples; ++s) known = known && places[head * in.samples + s].is_number();
     if (lane == 0 && params.grad_weights != nullptr)

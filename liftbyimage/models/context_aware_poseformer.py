@@ -175,10 +175,25 @@ class ContextAwarePoseFormer(nn.Module):
             )
 
     def pose_inputs(self, keypoints: np.ndarray, crop_matrix: np.ndarray, image_size: np.ndarray) -> tuple[Tensor, ...]:
-        """(pose_2d, pose_crop) of keypoints [N, J, 2] in px of pictures of image_size [N, 2] (width, height).
+        """What `forward` takes of keypoints found in pictures.
 
-        crop_matrix [N, 2, 3] maps picture px to crop px.
+        Args:
+            keypoints: [N, J, 2], px of the pictures.
+            crop_matrix: [N, 2, 3], picture px to crop px (`data.crop.box_to_crop_matrix`).
+            image_size: [N, 2], (width, height) of the pictures, px.
+
+        Returns:
+            (pose_2d, pose_crop), float32 [N, J, 2] each.
+
+        Raises:
+            ValueError: image_size is not [N, 2].
         """
+        keypoints, image_size = np.asarray(keypoints, dtype=np.float64), np.asarray(image_size)
+        if image_size.shape != (len(keypoints), 2):
+            raise ValueError(
+                f"ContextAwarePoseFormer.pose_inputs: image_size must be [{len(keypoints)}, 2] (width, height), "
+                f"got {list(image_size.shape)}"
+            )
         width, height = (image_size[:, axis, None].astype(np.float64) for axis in (0, 1))  # [N, 1]
         x, y = keypoints[..., 0], keypoints[..., 1]
         pose_2d = np.stack([2 * x / width - 1, 2 * y / width - height / width], axis=-1)

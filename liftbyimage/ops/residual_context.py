@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from liftbyimage.ops._checks import check_eps, check_like, check_positive, check_tensor
+from liftbyimage.ops._checks import check_eps, check_heads, check_like, check_positive, check_tensor
 from liftbyimage.ops._dispatch import (
     Backend,
     autocast_to_float32,
@@ -64,10 +64,7 @@ def _check(
     check_tensor(OP, "tokens", tokens, "B L J D")
     check_positive(OP, "tokens", tokens, "B L J D", "L", "J", "D")
     batch, levels, joints, dim = tokens.shape
-    if isinstance(heads, bool) or not isinstance(heads, int):
-        raise TypeError(f"{OP}: heads must be an int >= 1 that divides D = {dim}, got {type(heads).__name__}")
-    if heads < 1 or dim % heads:
-        raise ValueError(f"{OP}: heads must be an int >= 1 that divides D = {dim}, got {heads}")
+    check_heads(OP, heads, dim)
     check_eps(OP, eps)
     check_like(OP, "tokens", tokens, "pose", pose, (batch, joints, dim), "B J D")
     check_like(OP, "tokens", tokens, "reference", reference, (batch, joints, 2), "B J 2")

@@ -9,7 +9,7 @@ torch.nn.functional.grid_sample, except that every place has a meaning:
 
     padding "border"   a place at or beyond the border counts as on it, and there its gradient is zero
     padding "zeros"    of the four corners about a place those outside the map count 0
-    infinite places    are far outside
+    infinite places    are far outside; on an axis of one pixel every place is that pixel
     NaN places         make the row (b, l, j, h) NaN; that row hands on no gradient
 
 Samples are summed before any projection: with weights that sum to 1 a linear layer of the sum is the sum of the linear
@@ -46,7 +46,7 @@ from liftbyimage.ops._dispatch import (
 
 OP = "sample_context"
 PADDINGS = ("border", "zeros")
-# In grid units: with zero padding nothing can be read from there on, and nothing overflows.
+# In grid units: outside any map of more than one pixel, and nothing overflows.
 FAR_OUTSIDE = 4.0
 CUDA_LEVEL_LIMIT = 8  # kMaxLevels of csrc/cuda/sample_context.h
 
