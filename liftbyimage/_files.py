@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # The demonstration model that the package ships.
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "assets" / "demo.pt"
@@ -15,6 +15,12 @@ DEMO_CHECKPOINT = Path(__file__).resolve().parent / "assets" / "demo.pt"
 def require_file(label: str, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{label}: {'is a folder' if path.is_dir() else 'no such file'}")
+
+
+def check_several(function: str, images: Any) -> None:
+    """Refuse one image in the place of several: a string would be taken for the list of its letters."""
+    if isinstance(images, (str, bytes, os.PathLike)):
+        raise TypeError(f"{function}: images must be several files, got one: {os.fsdecode(images)}")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from liftbyimage._files import require_file
+from liftbyimage._files import check_several, require_file
 from liftbyimage.checkpoint import official_hrnet
 from liftbyimage.data.crop import CROP_SIZE, box_to_crop_matrix, normalise_image, read_image, warp_crop
 from liftbyimage.data.pose_file import SMALLEST_PERSON, ImagePose, joints_box
@@ -146,8 +147,10 @@ def find_poses(
         detect: finds the people of a picture; its largest box is looked into. With neither, the whole picture is.
 
     Raises:
+        TypeError: `images` is one file.
         ValueError: an image cannot be read, or nobody is seen in it; what the detector gives is no boxes.
     """
+    check_several("find_poses", images)
     poses = {}
     for path in images:
         image = read_image(path)  # type: ignore[arg-type]
@@ -174,9 +177,15 @@ def largest_box(boxes: ArrayLike) -> np.ndarray | None:
     """The box of largest area of [N, 4] (x0, y0, x1, y1), the first among equals; None of none.
 
     Raises:
-        ValueError: another shape, or a box that is not finite with x0 < x1 and y0 < y1.
+        ValueError: no numbers, another shape, or a box that is not finite with x0 < x1 and y0 < y1.
     """
-    array = np.asarray(boxes, dtype=np.float64)
+    try:
+        given = np.asarray(boxes)
+    except (TypeError, ValueError, RuntimeError):  # lists of several lengths; a tensor on a GPU or with gradients
+        given = np.empty(0, dtype=object)
+    if given.dtype.kind not in "biuf":
+        raise ValueError(f"detector: boxes must be [N, 4] numbers, got {reprlib.repr(boxes)}")
+    array = given.astype(np.float64)
     if array.size == 0:
         return None
     if array.ndim != 2 or array.shape[1] != 4:
@@ -191,17 +200,20 @@ def load_detector(name: str) -> Detector:
     """The function `package.module:function`, found from the current folder or in the environment.
 
     Raises:
-        ValueError: another form of name, no such module, or no such function in it.
+        ValueError: another form of name, no such module, one that fails to import another, or no such function in it.
     """
     module_name, _, function = name.partition(":")
-    if not (module_name and function):
+    if not (function and all(module_name.split("."))):  # nor a name relative to a package: there is none
         raise ValueError(f"detector {name}: expected package.module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"detector {name}: no module named {error.name}") from None
+    except ImportError as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):  # the module or its package, not one it imports
+            raise ValueError(f"detector {name}: no module named {missing}") from None
+        raise ValueError(f"detector {name}: {module_name} cannot be imported: {error}") from error
     detect = getattr(module, function, None)
     if not callable(detect):
         raise ValueError(f"detector {name}: {module_name} has no function {function}")

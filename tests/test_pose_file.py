@@ -163,3 +163,13 @@ def test_two_pictures_of_one_name_need_an_entry_each(tmp_path):
         read_pose_file(path, ["one/a.jpg", "two/a.jpg"])
     path.write_text(json.dumps({"one/a.jpg": entry, "two/a.jpg": entry}))
     assert set(read_pose_file(path, ["one/a.jpg", "two/a.jpg"])) == {"one/a.jpg", "two/a.jpg"}
+
+
+def test_paths_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    entry = {"keypoints": [[float(i), float(i % 5)] for i in range(17)]}
+    for name in ("./a.jpg", "a.jpg"):
+        path.write_text(json.dumps({name: entry}))
+        assert set(read_pose_file(path, ["./a.jpg"])) == {"./a.jpg"}
+    with pytest.raises(TypeError, match=r"^read_pose_file: images must be several files, got one: a\.jpg$"):
+        read_pose_file(path, "a.jpg")

@@ -95,6 +95,8 @@ def test_poses_of_pictures(tmp_path: Path) -> None:
     np.testing.assert_array_equal(looked[0], picture(AT))  # RGB, the whole picture
     by_box = find_poses(MarkerModel(), paths[:1], box=[90, 30, 190, 170])
     np.testing.assert_array_equal(by_detector[str(paths[0])].keypoints, by_box[str(paths[0])].keypoints)
+    with pytest.raises(TypeError, match=r"^find_poses: images must be several files, got one: a\.jpg$"):
+        find_poses(MarkerModel(), "a.jpg")
     with _refused(f"image {paths[0]}: the detector found nobody in it"):
         find_poses(MarkerModel(), paths, detect=lambda image: [])
     with _refused(f"image {paths[0]}: the pose model saw nobody in it"):
@@ -118,6 +120,21 @@ def test_largest_box() -> None:
         largest_box([[0, 0, 1, 0]])
     with _refused("detector: boxes must be finite with x0 < x1 and y0 < y1, got [[0.0, 0.0, nan, 1.0]]"):
         largest_box([[0, 0, float("nan"), 1]])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "got"),
+    [
+        (None, "None"),
+        ({"boxes": []}, "{'boxes': []}"),
+        ([[0, 0, 1, 1], [2, 3]], "[[0, 0, 1, 1], [2, 3]]"),
+        ("none", "'none'"),
+        ([["0", "0", "1", "1"]], "[['0', '0', '1', '1']]"),
+    ],
+)
+def test_boxes_that_are_no_numbers(boxes: Any, got: str) -> None:
+    with _refused(f"detector: boxes must be [N, 4] numbers, got {got}"):
+        largest_box(boxes)
 
 
 def test_heatmaps_of_another_kind() -> None:
@@ -144,6 +161,29 @@ def test_detector_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_detector("my_detector_of_people:number")
     with _refused("detector nowhere_at_all:detect: no module named nowhere_at_all"):
         load_detector("nowhere_at_all:detect")
+    with _refused("detector my_detector_of_people.part:detect: no module named my_detector_of_people.part"):
+        load_detector("my_detector_of_people.part:detect")
+    for name in (".my_detector_of_people:detect", "my_detector_of_people.:detect", ":detect"):
+        with _refused(f"detector {name}: expected package.module:function"):
+            load_detector(name)
+
+
+def test_a_detector_that_lacks_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "finder_without_library.py").write_text("import nowhere_at_all\n")
+    with _refused(
+        "detector finder_without_library:detect: finder_without_library cannot be imported: "
+        "No module named 'nowhere_at_all'"
+    ):
+        load_detector("finder_without_library:detect")
+    (tmp_path / "finder_with_old_library.py").write_text("from this_finder_library import nothing\n")
+    (tmp_path / "this_finder_library.py").write_text("")
+    with _refused(
+        "detector finder_with_old_library:detect: finder_with_old_library cannot be imported: "
+        f"cannot import name 'nothing' from 'this_finder_library' ({tmp_path / 'this_finder_library.py'})"
+    ):
+        load_detector("finder_with_old_library:detect")
 
 
 def test_official_hrnet_weights(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from liftbyimage._files import check_several
 from liftbyimage.data.skeleton import COCO_NAMES, JOINT_NAMES, coco_to_h36m
 
 EVERY_IMAGE = "*"
@@ -54,8 +55,10 @@ def read_pose_file(path: str | Path, images: Iterable[str | Path] | None = None)
         single entry of a whole file is named ``"*"``.
 
     Raises:
+        TypeError: `images` is one file.
         ValueError: one sentence on what is wrong with the file, or an image without an entry.
     """
+    check_several("read_pose_file", images)
     data = _read_json(path)
     if "keypoints" in data:
         poses = {EVERY_IMAGE: _parse_entry(f"pose file {path}: the pose", data)}
@@ -63,7 +66,7 @@ def read_pose_file(path: str | Path, images: Iterable[str | Path] | None = None)
         poses = {name: _parse_entry(f"pose file {path}: '{name}'", entry) for name, entry in data.items()}
     if images is None:
         return poses
-    found = {str(image): _find(path, poses, Path(image)) for image in images}
+    found = {str(image): _find(path, poses, image) for image in images}
     _refuse_shared_entries(path, found)
     return {image: poses[name] for image, name in found.items()}
 
@@ -91,12 +94,13 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def _find(path: str | Path, poses: dict[str, ImagePose], image: Path) -> str:
+def _find(path: str | Path, poses: dict[str, ImagePose], image: str | Path) -> str:
     """The name of an image's entry."""
-    for name in (str(image), image.name, EVERY_IMAGE):
+    file = Path(image)  # of "./a.jpg" it makes "a.jpg"
+    for name in (str(image), str(file), file.name, EVERY_IMAGE):
         if name in poses:
             return name
-    raise ValueError(f"pose file {path}: no entry for image '{image.name}'")
+    raise ValueError(f"pose file {path}: no entry for image '{file.name}'")
 
 
 def _refuse_shared_entries(path: str | Path, found: dict[str, str]) -> None:
