@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from liftbyimage._files import write_atomically
+from liftbyimage._files import check_several, write_atomically
 from liftbyimage.data.crop import (
     CROP_SIZE,
     apply_affine,
@@ -30,6 +31,7 @@ from liftbyimage.models import Pipeline
 SKELETON = "human3.6m"
 FORMATS = ("json", "npz")
 UNITS, AXES = "metres", "camera: x right, y down, z forward; relative to the pelvis"
+HEAD = {"units": UNITS, "axes": AXES, "joint_names": list(JOINT_NAMES)}  # of every file with poses
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,17 +92,19 @@ def lift_images(
         One LiftedImage per image, in their order.
 
     Raises:
+        TypeError: `images` is one file, or `batch_size` no whole number.
         ValueError: an image cannot be read or has no pose; its keypoints are not pixels of it; the pipeline is for
             another skeleton or crop; or what it predicts is not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"lift_images: batch_size must be at least 1, got {batch_size}")
+    check_batch_size("lift_images", batch_size)
+    check_several("lift_images", images)
     check_skeleton("lift_images", pipeline)
-    paths = [Path(image) for image in images]
-    unposed = [str(path) for path in paths if str(path) not in poses]
+    images = list(images)
+    unposed = [str(image) for image in images if str(image) not in poses]
     if unposed:
         raise ValueError(f"lift_images: poses must hold every image, got none for {', '.join(unposed)}")
-    crops = [_crop(path, poses[str(path)]) for path in paths]
+    paths = [Path(image) for image in images]
+    crops = [_crop(path, poses[str(image)]) for path, image in zip(paths, images, strict=True)]
     pipeline = pipeline.to(device).eval()
     lifted: list[LiftedImage] = []
     for start in range(0, len(crops), batch_size):
@@ -108,6 +112,13 @@ def lift_images(
         results = lift_crops("lift_images", pipeline, crops[batch], device)
         lifted += map(_lifted_image, paths[batch], crops[batch], _rows(results), repeat(_grid(pipeline)))
     return lifted
+
+
+def check_batch_size(function: str, batch_size: int) -> None:
+    if not isinstance(batch_size, numbers.Integral):
+        raise TypeError(f"{function}: batch_size must be a whole number, got {batch_size!r}")
+    if batch_size < 1:
+        raise ValueError(f"{function}: batch_size must be at least 1, got {batch_size}")
 
 
 def check_skeleton(function: str, pipeline: Pipeline) -> None:
@@ -187,8 +198,8 @@ def write_results(
 
     Args:
         format: "json" writes `poses.json`; "npz" writes `poses.npz`, arrays over the N images that
-            `np.load(allow_pickle=False)` reads: image, pose_2d, box, crop_matrix, pose_3d, coarse_pose_3d if the lifter
-            gives it, joint_names.
+            `np.load(allow_pickle=False)` reads: image, picture ("" without), pose_2d, box, crop_matrix, pose_3d, and if
+            the lifter gives them coarse_pose_3d, kept_patches, patches; also the strings units, axes and joint_names.
 
     Returns:
         The path of the file with the poses.
@@ -201,12 +212,10 @@ def write_results(
             _write_picture(result, out_dir / name)
     path = out_dir / results_name(format)
     if format == "npz":
-        write_atomically(path, lambda file: np.savez(file, **_arrays(results)))
+        write_atomically(path, lambda file: np.savez(file, **_arrays(results, names)))
         return path
     document = {
-        "units": UNITS,
-        "axes": AXES,
-        "joint_names": list(JOINT_NAMES),
+        **HEAD,
         "images": [_entry(result, name) for result, name in zip(results, names, strict=True)],
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -237,14 +246,21 @@ def _entry(result: LiftedImage, picture: str | None) -> dict[str, Any]:
     }
 
 
-def _arrays(results: Sequence[LiftedImage]) -> dict[str, np.ndarray]:
+def _arrays(results: Sequence[LiftedImage], pictures: Sequence[str | None]) -> dict[str, np.ndarray]:
     shapes = {"pose_2d": (17, 2), "box": (4,), "crop_matrix": (2, 3), "pose_3d": (17, 3), "coarse_pose_3d": (17, 3)}
-    arrays = {"image": np.array([str(result.image) for result in results], dtype=str)}
+    counts = {"kept_patches": "index", "patches": "importance"}
+    arrays = {name: np.array(value) for name, value in HEAD.items()}
+    arrays["image"] = np.array([str(result.image) for result in results], dtype=str)
+    arrays["picture"] = np.array([name or "" for name in pictures], dtype=str)
     for name, shape in shapes.items():
         values = [getattr(result, name) for result in results]
         if not any(value is None for value in values):
             arrays[name] = np.array(values).reshape(-1, *shape)  # [0, …] too, of no images
-    return {**arrays, "joint_names": np.array(JOINT_NAMES)}
+    for name, source in counts.items():
+        values = [getattr(result, source) for result in results]
+        if not any(value is None for value in values):
+            arrays[name] = np.array([len(value) for value in values], dtype=np.int64)
+    return arrays
 
 
 def _picture_names(results: Sequence[LiftedImage], out_dir: Path) -> list[str]:

@@ -19,12 +19,14 @@ from numpy.typing import ArrayLike
 from liftbyimage._files import require_file, write_atomically
 from liftbyimage.data.pose_file import ImagePose
 from liftbyimage.data.skeleton import JOINT_NAMES
-from liftbyimage.lift import AXES, UNITS, check_format, check_skeleton, crop_person, lift_crops, results_name
+from liftbyimage.lift import HEAD, check_batch_size, check_format, check_skeleton, crop_person, lift_crops, results_name
 from liftbyimage.models import Pipeline
 from liftbyimage.pose_model import Detector, PoseModel, find_pose, where_to_look
 
 SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"))
 USUAL_FPS = 25.0  # of a drawing whose video states none
+MP4V = cv2.VideoWriter_fourcc(*"mp4v")
+TEXT = cv2.VideoWriter_fourcc(*"ansi")  # the codec by which FFmpeg takes a text file for a video of a terminal
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def is_video(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     if path.suffix.lower() in SUFFIXES:
         return True
-    return path.is_file() and not cv2.haveImageReader(str(path)) and _capture(path).isOpened()
+    return path.is_file() and not cv2.haveImageReader(str(path)) and _is_open(_capture(path))
 
 
 def open_video(path: str | os.PathLike[str]) -> Video:
@@ -91,10 +93,14 @@ def _capture(path: Path) -> cv2.VideoCapture:
     return cv2.VideoCapture(str(path))
 
 
+def _is_open(capture: cv2.VideoCapture) -> bool:
+    return capture.isOpened() and int(capture.get(cv2.CAP_PROP_FOURCC)) != TEXT
+
+
 def _open(path: Path) -> cv2.VideoCapture:
     require_file(f"video {path}", path)
     capture = _capture(path)
-    if not capture.isOpened():
+    if not _is_open(capture):
         raise ValueError(f"video {path}: not a video that OpenCV can read")
     return capture
 
@@ -156,10 +162,9 @@ def lift_video(
 
     Raises:
         TypeError, ValueError: the pipeline is for another skeleton or predicts what is not finite; what the pose model
-            or the detector gives is of another kind.
+            or the detector gives is of another kind; a bad `batch_size`.
     """
-    if batch_size < 1:
-        raise ValueError(f"lift_video: batch_size must be at least 1, got {batch_size}")
+    check_batch_size("lift_video", batch_size)
     check_skeleton("lift_video", pipeline)
     pipeline = pipeline.to(device).eval()
     batch: list[tuple[Frame, ImagePose | None]] = []
@@ -207,10 +212,11 @@ def write_video_results(
         lifted: as `lift_video` yields it.
         format: "json" writes `poses.json`, one line per frame, null for what a frame without a person lacks; "npz"
             writes `poses.npz`, arrays over the N frames that `np.load(allow_pickle=False)` reads: number, time, box,
-            pose_2d, confidence, pose_3d (NaN where there is nobody), joint_names.
+            pose_2d, confidence, pose_3d (NaN where there is nobody); also fps (NaN if not stated) and the strings
+            video, drawing ("" without), units, axes and joint_names.
 
     Raises:
-        ValueError: another format, or OpenCV cannot write the drawing.
+        ValueError: another format; frames drawn at several sizes; or OpenCV cannot write the drawing, or not all of it.
     """
     check_format("write_video_results", format)
     out_dir = Path(out_dir)
@@ -224,10 +230,11 @@ def write_video_results(
         if not rows:
             raise ValueError("write_video_results: lifted must hold at least one frame, got none")
     path = out_dir / results_name(format)
+    head = {**HEAD, "video": str(video.path), "fps": video.fps, "drawing": None if drawn is None else drawn.name}
     if format == "npz":
-        write_atomically(path, lambda file: np.savez(file, **_arrays(rows)))
+        write_atomically(path, lambda file: np.savez(file, **_arrays(head, rows)))
     else:
-        write_atomically(path, lambda file: _write_json(file, video, drawn, rows))
+        write_atomically(path, lambda file: _write_json(file, head, rows))
     return VideoResults(path, drawn, len(rows), sum(row["pose_3d"] is not None for row in rows))
 
 
@@ -243,15 +250,7 @@ def _row(lifted: LiftedFrame) -> dict[str, Any]:
     }
 
 
-def _write_json(file: BinaryIO, video: Video, drawing: Path | None, rows: list[dict[str, Any]]) -> None:
-    head = {
-        "units": UNITS,
-        "axes": AXES,
-        "joint_names": list(JOINT_NAMES),
-        "video": str(video.path),
-        "fps": video.fps,
-        "drawing": None if drawing is None else drawing.name,
-    }
+def _write_json(file: BinaryIO, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     # Frame by frame: the text of an hour is a few hundred MB.
     file.write(json.dumps(head, ensure_ascii=False)[:-1].encode() + b',\n"frames": [')
     for count, row in enumerate(rows):
@@ -260,17 +259,19 @@ def _write_json(file: BinaryIO, video: Video, drawing: Path | None, rows: list[d
     file.write(b"\n]}\n")
 
 
-def _arrays(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _arrays(head: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     joints = len(JOINT_NAMES)
     shapes = {"box": (4,), "pose_2d": (joints, 2), "confidence": (joints,), "pose_3d": (joints, 3)}
-    arrays = {name: np.array([row[name] for row in rows]) for name in ("number", "time")}
+    missing = {"fps": np.nan, "drawing": ""}  # None would be an object, which np.load refuses
+    arrays = {name: np.array(missing[name] if value is None else value) for name, value in head.items()}
+    arrays |= {name: np.array([row[name] for row in rows]) for name in ("number", "time")}
     for name, shape in shapes.items():
         dtype = np.float32 if name == "pose_3d" else np.float64
         arrays[name] = np.full((len(rows), *shape), np.nan, dtype)
         for row, values in zip(arrays[name], rows, strict=True):
             if values[name] is not None:
                 row[:] = values[name]
-    return {**arrays, "joint_names": np.array(JOINT_NAMES)}
+    return arrays
 
 
 def _drawing_path(video: Path, out_dir: Path) -> Path:
@@ -287,20 +288,29 @@ def _drawing(path: Path, fps: float) -> Iterator[Callable[[LiftedFrame], None]]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter()
+    sizes: list[tuple[int, int]] = []  # (width, height) px, of each picture
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         temporary = Path(folder) / path.name
 
         def draw(lifted: LiftedFrame) -> None:
             pose_2d = None if lifted.pose is None else lifted.pose.keypoints
             picture = draw_frame(lifted.frame.image, pose_2d, lifted.pose_3d)
-            if not writer.isOpened():
-                size = (picture.shape[1], picture.shape[0])
-                if not writer.open(str(temporary), cv2.VideoWriter_fourcc(*"mp4v"), fps, size):
-                    raise ValueError(f"video {path}: OpenCV cannot write it")
+            sizes.append((picture.shape[1], picture.shape[0]))
+            if not writer.isOpened() and not writer.open(str(temporary), MP4V, fps, sizes[0]):
+                raise ValueError(f"video {path}: OpenCV cannot write it")
+            if sizes[-1] != sizes[0]:  # OpenCV would leave the frame out without a word
+                given, wanted = ("{}×{}".format(*size) for size in (sizes[-1], sizes[0]))
+                raise ValueError(
+                    f"video {path}: frame {lifted.frame.number} is drawn at {given} px, expected {wanted}, as the first"
+                )
             writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
         try:
             yield draw
         finally:
             writer.release()
+        # A disk that fills up ends a file early, and OpenCV says nothing.
+        written = int(_capture(temporary).get(cv2.CAP_PROP_FRAME_COUNT))
+        if written != len(sizes):
+            raise ValueError(f"video {path}: only {written} of {len(sizes)} frames could be written: is the disk full?")
         os.replace(temporary, path)

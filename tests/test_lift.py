@@ -94,6 +94,15 @@ def test_a_training_pipeline_is_evaluated(pipeline, inputs) -> None:
         np.testing.assert_array_equal(a.pose_3d, b.pose_3d)
 
 
+def test_paths_are_keys_as_written(pipeline, inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path, *_), poses = inputs
+    monkeypatch.chdir(path.parent)
+    [lifted] = lift_images(pipeline, (name for name in ["./a.png"]), {"./a.png": poses[str(path)]})
+    assert lifted.image == Path("a.png")
+    with pytest.raises(ValueError, match=r"^lift_images: poses must hold every image, got none for \./a\.png$"):
+        lift_images(pipeline, ["./a.png"], {"a.png": poses[str(path)]})
+
+
 def test_no_images(pipeline) -> None:
     assert lift_images(pipeline, [], {}) == []
 
@@ -142,6 +151,11 @@ def test_bad_input(pipeline, inputs, tmp_path: Path) -> None:
     message = f"lift_images: poses must hold every image, got none for {tmp_path / 'x.png'}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         lift_images(pipeline, [*paths, tmp_path / "x.png"], poses)
+    with pytest.raises(TypeError, match=r"^lift_images: batch_size must be a whole number, got 1\.5$"):
+        lift_images(pipeline, paths, poses, batch_size=1.5)
+    for image in ("a.jpg", Path("a.jpg")):
+        with pytest.raises(TypeError, match=r"^lift_images: images must be several files, got one: a\.jpg$"):
+            lift_images(pipeline, image, poses)
     torn = tmp_path / "torn.png"
     torn.write_bytes(paths[0].read_bytes()[:20])
     message = f"image {torn}: not an image that OpenCV can read"
@@ -260,9 +274,17 @@ def test_arrays_on_disk(pipeline, inputs, tmp_path: Path) -> None:
     assert arrays["joint_names"].tolist() == list(JOINT_NAMES)
     for name in ("pose_2d", "box", "crop_matrix", "pose_3d", "coarse_pose_3d"):
         np.testing.assert_array_equal(arrays[name], [getattr(result, name) for result in lifted])
+    assert arrays["units"].item() == "metres"
+    assert arrays["axes"].item() == "camera: x right, y down, z forward; relative to the pelvis"
+    assert arrays["picture"].tolist() == ["", "", ""]
+    assert arrays["kept_patches"].tolist() == [KEPT] * 3
+    assert arrays["patches"].tolist() == [3072] * 3
+    write_results(lifted[:2], tmp_path / "drawn", format="npz")
+    with np.load(tmp_path / "drawn" / "poses.npz", allow_pickle=False) as file:
+        assert file["picture"].tolist() == ["a.png", "a-2.png"]
     write_results(lift_images(ContextPipeline(), paths, poses), tmp_path, pictures=False, format="npz")
     with np.load(tmp_path / "poses.npz", allow_pickle=False) as file:
-        assert "coarse_pose_3d" not in file
+        assert not {"coarse_pose_3d", "kept_patches", "patches"} & set(file)
     write_results([], tmp_path / "none", format="npz")
     with np.load(tmp_path / "none" / "poses.npz", allow_pickle=False) as file:
         assert file["pose_3d"].shape == (0, 17, 3)

@@ -214,20 +214,31 @@ def test_npz(clip: Path, lifted: list[LiftedFrame], tmp_path: Path) -> None:
     with np.load(tmp_path / "poses.npz", allow_pickle=False) as file:
         arrays = dict(file)
     assert {name: (value.shape, value.dtype.kind) for name, value in arrays.items()} == {
+        "units": ((), "U"),
+        "axes": ((), "U"),
+        "joint_names": ((17,), "U"),
+        "video": ((), "U"),
+        "fps": ((), "f"),
+        "drawing": ((), "U"),
         "number": ((13,), "i"),
         "time": ((13,), "f"),
         "box": ((13, 4), "f"),
         "pose_2d": ((13, 17, 2), "f"),
         "confidence": ((13, 17), "f"),
         "pose_3d": ((13, 17, 3), "f"),
-        "joint_names": ((17,), "U"),
     }
+    head = [arrays[name].item() for name in ("units", "axes", "video", "fps", "drawing")]
+    assert head == ["metres", "camera: x right, y down, z forward; relative to the pelvis", str(clip), 20, ""]
     np.testing.assert_array_equal(np.isfinite(arrays["pose_3d"]).all(axis=(1, 2)), SEEN)
     np.testing.assert_array_equal(np.isnan(arrays["box"]).all(axis=1), np.logical_not(SEEN))
     for row, each in enumerate(lifted):
         if each.pose is not None:
             np.testing.assert_array_equal(arrays["pose_3d"][row], each.pose_3d)
             np.testing.assert_array_equal(arrays["pose_2d"][row], each.pose.keypoints)
+    write_video_results(lifted[:2], Video(clip, None, None), tmp_path, format="npz")
+    with np.load(tmp_path / "poses.npz", allow_pickle=False) as file:
+        assert np.isnan(file["fps"])
+        assert file["drawing"].item() == "walk.mp4"
 
 
 def test_a_failure_leaves_what_was_there(clip: Path, lifted: list[LiftedFrame], tmp_path: Path) -> None:
@@ -247,10 +258,44 @@ def test_a_failure_leaves_what_was_there(clip: Path, lifted: list[LiftedFrame], 
 def test_a_drawing_that_cannot_be_written(
     clip: Path, lifted: list[LiftedFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *letters: -2)
+    monkeypatch.setattr(lift_video, "MP4V", -2)
     with _refused(f"video {tmp_path / 'walk.mp4'}: OpenCV cannot write it"):
         write_video_results(lifted, open_video(clip), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_of_several_sizes(clip: Path, lifted: list[LiftedFrame], tmp_path: Path) -> None:
+    small = [LiftedFrame(Frame(7, 0.35, np.zeros((100, 80, 3), np.uint8)), None, None)]
+    message = f"video {tmp_path / 'walk.mp4'}: frame 7 is drawn at 180×100 px, expected 440×200, as the first"
+    with _refused(message):
+        write_video_results([*lifted[:7], *small], open_video(clip), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert write_video_results([*lifted[:7], *small], open_video(clip), tmp_path, drawing=False).frames == 8
+
+
+def test_a_drawing_that_ends_early(
+    clip: Path, lifted: list[LiftedFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk:
+        def __init__(self) -> None:
+            self.file = writer()
+            self.room = 5
+
+        def write(self, image: np.ndarray) -> None:
+            if self.room:
+                self.file.write(image)
+                self.room -= 1
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    writer = cv2.VideoWriter
+    monkeypatch.setattr(cv2, "VideoWriter", FullDisk)
+    (tmp_path / "walk.mp4").write_bytes(b"old")
+    with _refused(f"video {tmp_path / 'walk.mp4'}: only 5 of 13 frames could be written: is the disk full?"):
+        write_video_results(lifted, open_video(clip), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["walk.mp4"]
+    assert (tmp_path / "walk.mp4").read_bytes() == b"old"
 
 
 def test_the_drawing_never_replaces_the_video(lifted: list[LiftedFrame], tmp_path: Path) -> None:
@@ -271,6 +316,13 @@ def test_what_is_a_video(clip: Path, tmp_path: Path) -> None:
     assert cv2.imwrite(str(image), picture(None))
     text.write_text("{}")
     assert not any(map(is_video, (image, text, tmp_path, tmp_path / "nowhere")))
+    # FFmpeg plays these as a terminal, by their suffix or their contents.
+    for name in ("notes.nfo", "notes.txt", "notes.mp4"):
+        notes = tmp_path / name
+        notes.write_bytes(b"\x1b[31m1 2 3\n4 5 6\x1b[0m\n" * 500)
+        assert is_video(notes) == (name == "notes.mp4")
+        with _refused(f"video {notes}: not a video that OpenCV can read"):
+            open_video(notes)
 
 
 def test_videos_that_do_not_serve(clip: Path, tmp_path: Path) -> None:
@@ -306,6 +358,8 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
 def test_bad_arguments(clip: Path, lifted: list[LiftedFrame], tmp_path: Path) -> None:
     with _refused("lift_video: batch_size must be at least 1, got 0"):
         next(lift_video.lift_video(ContextPipeline(), [], MarkerModel(), batch_size=0))
+    with pytest.raises(TypeError, match=r"^lift_video: batch_size must be a whole number, got 1\.5$"):
+        next(lift_video.lift_video(ContextPipeline(), [], MarkerModel(), batch_size=1.5))
     pipeline = ContextPipeline()
     pipeline.lifter.config.num_joints = 16
     with _refused("lift_video: pipeline must lift 17 joints, got one for 16"):
