@@ -194,7 +194,8 @@ def write_results(
 ) -> Path:
     """Write the poses and, per person, a picture `<stem>.png`; every file atomically, the poses last.
 
-    A second image of the same stem gets `<stem>-2.png`, and no picture takes the place of a lifted image.
+    A second image of the same stem gets `<stem>-2.png`, and no picture takes the place of a lifted image; another file
+    of its name is replaced.
 
     Args:
         format: "json" writes `poses.json`; "npz" writes `poses.npz`, arrays over the N images that

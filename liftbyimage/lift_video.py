@@ -67,7 +67,7 @@ class VideoResults:
 
 
 def is_video(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a video: by its suffix, or because OpenCV opens it as one and not as a picture."""
+    """Whether a file is a video: by its suffix, or because OpenCV opens it as one, not as a picture or text."""
     path = Path(path)
     if path.suffix.lower() in SUFFIXES:
         return True
@@ -205,8 +205,8 @@ def write_video_results(
 ) -> VideoResults:
     """Write the poses of a video and `<stem>.mp4`, its frames with both skeletons; every file atomically.
 
-    Where `<stem>.mp4` would take the place of the video itself, it is `<stem>-2.mp4`. Of each frame only its numbers
-    (about 1.6 KB) stay in memory.
+    Where `<stem>.mp4` would take the place of the video itself, it is `<stem>-2.mp4`; another file of that name is
+    replaced. Of each frame only its numbers (about 1.6 KB) stay in memory.
 
     Args:
         lifted: as `lift_video` yields it.
@@ -310,7 +310,7 @@ def _drawing(path: Path, fps: float) -> Iterator[Callable[[LiftedFrame], None]]:
         finally:
             writer.release()
         # A disk that fills up ends a file early, and OpenCV says nothing.
-        written = int(_capture(temporary).get(cv2.CAP_PROP_FRAME_COUNT))
+        written = max(0, int(_capture(temporary).get(cv2.CAP_PROP_FRAME_COUNT)))  # negative if it does not open
         if written != len(sizes):
             raise ValueError(f"video {path}: only {written} of {len(sizes)} frames could be written: is the disk full?")
         os.replace(temporary, path)

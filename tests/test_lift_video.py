@@ -273,13 +273,14 @@ def test_frames_of_several_sizes(clip: Path, lifted: list[LiftedFrame], tmp_path
     assert write_video_results([*lifted[:7], *small], open_video(clip), tmp_path, drawing=False).frames == 8
 
 
+@pytest.mark.parametrize("room", [5, 0])
 def test_a_drawing_that_ends_early(
-    clip: Path, lifted: list[LiftedFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Path, lifted: list[LiftedFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     class FullDisk:
         def __init__(self) -> None:
             self.file = writer()
-            self.room = 5
+            self.room = room
 
         def write(self, image: np.ndarray) -> None:
             if self.room:
@@ -292,7 +293,7 @@ def test_a_drawing_that_ends_early(
     writer = cv2.VideoWriter
     monkeypatch.setattr(cv2, "VideoWriter", FullDisk)
     (tmp_path / "walk.mp4").write_bytes(b"old")
-    with _refused(f"video {tmp_path / 'walk.mp4'}: only 5 of 13 frames could be written: is the disk full?"):
+    with _refused(f"video {tmp_path / 'walk.mp4'}: only {room} of 13 frames could be written: is the disk full?"):
         write_video_results(lifted, open_video(clip), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["walk.mp4"]
     assert (tmp_path / "walk.mp4").read_bytes() == b"old"
