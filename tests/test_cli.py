@@ -398,7 +398,7 @@ def test_lift_refuses_options_that_do_not_go_together(
     _refused(f"video {broken}: not a video that OpenCV can read", "lift", broken, *common, *found)
     notes = tmp_path / "notes.txt"
     notes.write_bytes(b"\x1b[31mred\x1b[0m\n" * 100)  # FFmpeg plays it
-    _refused(f"image {notes}: not an image that OpenCV can read", *of_image, notes, *found)
+    _refused(f"image {notes}: not an image that OpenCV can read", "lift", notes, *common, *found)
     _refused(
         "--model context-aware-poseformer needs --checkpoint: the demonstration model is lift-by-image",
         *("lift", image, *given, "--model", "context-aware-poseformer"),
