@@ -43,7 +43,8 @@ def along_axis(place, size, ZEROS: tl.constexpr):
     last = size - 1
     pixel = (place + 1) / 2 * last
     below = tl.floor(pixel)
-    slope = last / 2 if ZEROS else tl.where((pixel > 0) & (pixel < last), last / 2, 0.0)
+    sloped = tl.full(pixel.shape, True, tl.int1) if ZEROS else (pixel > 0) & (pixel < last)
+    slope = tl.where(sloped, last / 2, 0.0)
     return tl.where(pixel == pixel, below, 0.0).to(tl.int32), pixel - below, slope
 
 
