@@ -26,7 +26,7 @@ def everything(dataset):
     )
 
 
-def lift_held_out(train, test, features, pose_2d, pose_3d, steps=350):
+def lift_held_out(train, test, features, pose_2d, pose_3d, steps=500):
     """MPJPE in metres of the mean training pose, the coarse and the refined pose on the `test` crops."""
     torch.manual_seed(0)
     lifter = LiftByImage(LiftByImageConfig(image_channels=40, dim=64, heads=4, dropout=0.1)).train()
