@@ -38,7 +38,7 @@ def _bare_arguments(op: str, inputs: Inputs) -> list[Any]:
     if op in ("joint_queries", "update_joints"):
         return [*inputs.values(), EPS]
     if op == "residual_context":
-        return [*inputs.values(), EPS]
+        return [*list(inputs.values())[:-1], None, inputs["heads"], EPS]
     if op == "sample_context":
         return [*list(inputs.values())[:-1], inputs["padding"] == "zeros"]
     if op == "residual_feed_forward":
