@@ -317,15 +317,22 @@ def make_inputs(
     return inputs
 
 
-def _joint_inputs(op: str, case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
-    """Weights that keep the size of what passes through them; without a shared head nothing is folded (E = D / H)."""
-    dim, hidden, head = case.D, case.F, case.D // case.H
-    width = case.E if case.shared_head else head
+def _weights(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Draws weights that keep the size of what passes through them."""
 
     def weight(*shape: int) -> Tensor:
         values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5  # a batch of one, or "expanded" would make rows equal
         return values
 
+    return weight
+
+
+def _joint_inputs(op: str, case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    """Weights that keep the size of what passes through them; without a shared head nothing is folded (E = D / H)."""
+    dim, hidden, head = case.D, case.F, case.D // case.H
+    width = case.E if case.shared_head else head
+
+    weight = _weights(draw)
     joints = draw(case.B, case.J, dim)
     if op == "joint_queries":
         return {
@@ -368,10 +375,7 @@ def _residual_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
     """Weights that keep the size of what passes through them, those of the places times the case's magnitude."""
     dim, places, head = case.D, case.H * case.S, case.D // case.H
 
-    def weight(*shape: int) -> Tensor:
-        values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5
-        return values
-
+    weight = _weights(draw)
     inputs: dict[str, Any] = {
         "tokens": draw(case.B, len(case.maps), case.J, dim),
         "pose": draw(case.B, case.J, dim),
@@ -407,10 +411,7 @@ def _sampling_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
 def _feed_forward_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
     dim, hidden = case.D, case.F
 
-    def weight(*shape: int) -> Tensor:
-        values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5  # as in _joint_inputs
-        return values
-
+    weight = _weights(draw)
     inputs: dict[str, Any] = {
         "tokens": draw(case.B, case.J, dim) * case.magnitude,
         "norm_weight": 1 + weight(dim),
@@ -428,10 +429,7 @@ def _feed_forward_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, A
 def _residual_attention_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Any]:
     dim = case.D
 
-    def weight(*shape: int) -> Tensor:
-        values: Tensor = draw(1, *shape)[0] * shape[-1] ** -0.5  # as in _joint_inputs
-        return values
-
+    weight = _weights(draw)
     inputs: dict[str, Any] = {
         "tokens": draw(case.B, case.J, dim),
         "norm_weight": 1 + weight(dim),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from liftbyimage.nn.attention import check_heads
-from liftbyimage.nn.token_block import Mlp, add_branch, draw_branch_scale, feed_forward
+from liftbyimage.nn.token_block import Mlp, draw_branch_scale, feed_forward
 from liftbyimage.ops import residual_context, sample_context
 from liftbyimage.ops._dispatch import autocast_to_float32, has_kernel
+from liftbyimage.ops._residual import add_branch
 from liftbyimage.ops.residual_context import BACKENDS
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from liftbyimage.nn.attention import check_heads
 from liftbyimage.ops import attend_tokens, residual_attention, residual_feed_forward
 from liftbyimage.ops._dispatch import Backend, autocast_is_on, has_kernel
+from liftbyimage.ops._residual import add_branch
 from liftbyimage.ops.residual_attention import BACKENDS as ATTENTION_BACKENDS
 from liftbyimage.ops.residual_feed_forward import BACKENDS as FEED_FORWARD_BACKENDS
 
@@ -45,13 +46,6 @@ def feed_forward(tokens: Tensor, norm: nn.LayerNorm, mlp: Mlp, branch_scale: Ten
 def fuses(backends: Sequence[Backend], tokens: Tensor) -> bool:
     """Whether half a block is one op: where a kernel serves; but under autocast PyTorch's layers keep tokens float32"""
     return not autocast_is_on(tokens.device.type) and has_kernel(backends, tokens)
-
-
-def add_branch(tokens: Tensor, branch: Tensor, branch_scale: Tensor | None) -> Tensor:
-    """tokens [B, …] + branch_scale [B] · branch"""
-    if branch_scale is None:
-        return tokens + branch
-    return tokens + branch * branch_scale.view(-1, *(1,) * (branch.dim() - 1))
 
 
 def draw_branch_scale(tokens: Tensor, drop_path: float) -> Tensor | None:

@@ -36,6 +36,7 @@ from liftbyimage.ops._dispatch import (
     why_not_cpu,
 )
 from liftbyimage.ops._recompute import spread, wanted_of
+from liftbyimage.ops._residual import add_branch
 from liftbyimage.ops.sample_context import channels_last, check_maps
 from liftbyimage.ops.sample_context import reference as sampling_reference
 
@@ -108,14 +109,7 @@ def reference(*arguments: Any, heads: int, eps: float = 1e-5) -> Tensor:
     contexts = sampling_reference(feature_maps, reference, offsets, weights)
     embeds = zip(contexts, embed_weights, embed_biases, strict=True)
     branch = torch.stack([F.linear(c, weight, bias).flatten(2) for c, weight, bias in embeds], dim=1)  # [B, L, J, D]
-    updated: Tensor
-    if branch_scale is None:
-        updated = tokens + branch
-    else:
-        scale = branch_scale.detach().to(dtype)[:, None, None, None]
-        # Not 0 · branch: that is NaN where the branch is not finite.
-        updated = torch.where(scale == 0, tokens, tokens + scale * branch)
-    return updated.to(arguments[0].dtype)
+    return add_branch(tokens, branch, branch_scale).to(arguments[0].dtype)
 
 
 _definition = reference  # which the arguments of this name hide

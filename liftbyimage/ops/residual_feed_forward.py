@@ -33,6 +33,7 @@ from liftbyimage.ops._dispatch import (
     why_not_cpu_but_half,
 )
 from liftbyimage.ops._recompute import spread, wanted_of
+from liftbyimage.ops._residual import add_branch
 
 OP = "residual_feed_forward"
 
@@ -82,11 +83,7 @@ def reference(
     normalized = F.layer_norm(tokens, tokens.shape[2:], norm_weight, norm_bias, eps)
     hidden = F.gelu(F.linear(normalized, linear1_weight, linear1_bias))  # [B, T, F]
     branch = F.linear(hidden, linear2_weight, linear2_bias)  # [B, T, D]
-    if branch_scale is None:
-        return tokens + branch
-    scale = branch_scale.detach()[:, None, None]
-    # Not 0 · branch: that is NaN where the branch is not finite.
-    return torch.where(scale == 0, tokens, tokens + scale * branch)
+    return add_branch(tokens, branch, branch_scale)
 
 
 def _fake_forward(
