@@ -1,0 +1,115 @@
+"""What training, evaluation and bulk lifting read: person crops with their 2D joints and, where known, true 3D poses.
+
+A source is a map-style dataset of records. It opens cheaply, reads a record when it is asked for, and gives the same
+record for the same index every time, in every process. `open_source` makes one of a line such as
+``human3.6m:/data/h36m,split=train``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from torch.utils.data import Dataset
+
+# name → where its class is; imported when a source of that name is opened
+SOURCES = {
+    "synthetic": "liftbyimage.data.synthetic:SyntheticPeople",
+    "mocap": "liftbyimage.data.mocap:MocapPeople",
+    "pose2sim": "liftbyimage.data.pose2sim:Pose2SimPeople",
+    "human3.6m": "liftbyimage.data.human36m:Human36M",
+    "mpi-inf-3dhp": "liftbyimage.data.mpi_inf_3dhp:MpiInf3dhp",
+    "mpi-inf-3dhp-test": "liftbyimage.data.mpi_inf_3dhp_test:MpiInf3dhpTest",
+}
+
+
+class CorruptRecord(ValueError):
+    """One record, or the picture it names, that cannot be read; the rest of its source can."""
+
+
+class Source(Dataset[dict[str, Any]]):
+    """A dataset of people. Joints are Human3.6M-17 (`data.skeleton.JOINT_NAMES`); pixel (0, 0) is a pixel's centre.
+
+    A record is a dict of
+
+    - ``image`` uint8 [H, W, 3], RGB, the crop;
+    - ``keypoints`` float32 [17, 2], px of the whole picture, as a detector (or the truth) gives them;
+    - ``crop_matrix`` float64 [2, 3], px of the whole picture to px of the crop;
+    - ``image_size`` float32 [2], (width, height) of the whole picture, px;
+    - ``pose_3d`` float32 [17, 3], metres, relative to the pelvis, camera axes; absent where nobody knows it;
+    - ``group`` int, which of `groups` it belongs to;
+    - ``mask`` bool [H, W], the person's pixels in the crop; absent where nobody knows them.
+
+    Every record of a source has the same keys. Reading raises `CorruptRecord` for one that cannot be read.
+
+    Attributes:
+        groups: names of what results are reported by, actions or sequences.
+        size: (H, W) of the crops, px.
+        description: plain values that say which records these are; equal descriptions promise equal records.
+    """
+
+    groups: tuple[str, ...]
+    size: tuple[int, int]
+    description: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ReadableRecords(Dataset[dict[str, Any]]):
+    """A source's records by index, each with ``index`` and ``problem``.
+
+    For a record that cannot be read the next readable one stands in, and ``problem`` says why; it is "" otherwise.
+    With `strict` reading it raises instead.
+    """
+
+    def __init__(self, source: Source, strict: bool = False) -> None:
+        self.source, self.strict = source, strict
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        problem = ""
+        for position in (*range(index, len(self)), *range(index)):
+            try:
+                return {**self.source[position], "index": index, "problem": problem}
+            except CorruptRecord as error:
+                if self.strict:
+                    raise
+                problem = problem or str(error)
+        raise ValueError(f"none of the {len(self)} records can be read: {problem}")
+
+
+def open_source(line: str, **options: Any) -> Source:
+    """The source that a line names: ``NAME[:FOLDER][,OPTION=VALUE]…``, the options those of the source's class.
+
+    Args:
+        line: for example ``synthetic,count=4096,background=laboratory`` or ``human3.6m:/data/h36m,split=test``.
+        options: more of them; the line's own come first.
+
+    Raises:
+        ValueError: an unknown name or option, a folder where none is needed or the other way round, and what the source
+            itself refuses.
+    """
+    head, *pairs = line.split(",")
+    name, colon, folder = head.partition(":")
+    if name not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {name!r}")
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"source {line!r}: options must be OPTION=VALUE, got {pair!r}")
+        given[key] = yaml.safe_load(value) if value else ""
+    module, _, kind = SOURCES[name].partition(":")
+    make = getattr(importlib.import_module(module), kind)
+    try:
+        return make(*([folder] if colon else []), **{**options, **given})
+    except TypeError as error:
+        raise ValueError(f"source {line!r}: {error}") from None
