@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from liftbyimage import models
-from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyLifter, TinyEncoder
+from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyConfig, PoseOnlyLifter, TinyEncoder
 from liftbyimage.models.lift_by_image import position_channels
 from liftbyimage.reference import ReferenceLiftByImage
 
@@ -102,7 +102,7 @@ def test_pipeline_goes_from_image_to_pose():
 
 
 def test_pose_only_lifter_sees_no_image_but_every_joint():
-    lifter = PoseOnlyLifter(dim=32, heads=4, layers=2).eval()
+    lifter = PoseOnlyLifter(PoseOnlyConfig(dim=32, heads=4, layers=2)).eval()
     pose_2d = torch.rand(2, 17, 2)
     pose = lifter(pose_2d)
     assert pose.shape == (2, 17, 3) and not pose[:, 0].any()
@@ -119,7 +119,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"^LiftByImage: pose_2d must have shape \[3, 17, 2\], got \[3, 16, 2\]$"):
         lifter(features, pose_2d[:, :16])
     with pytest.raises(ValueError, match=r"^PoseOnlyLifter: pose_2d must have shape \[B, 17, 2\], got \[3, 16, 2\]$"):
-        PoseOnlyLifter(dim=32, heads=4)(pose_2d[:, :16])
+        PoseOnlyLifter(PoseOnlyConfig(dim=32, heads=4))(pose_2d[:, :16])
     with pytest.raises(
         ValueError, match="^lifter must be one of lift-by-image, context-aware-poseformer, pose-only, got 'videopose'$"
     ):
@@ -135,7 +135,8 @@ def test_bad_input():
     with pytest.raises(TypeError, match="^LiftByImage: config must be a LiftByImageConfig, got str$"):
         LiftByImage("factored")
     with pytest.raises(
-        TypeError, match="^Pipeline: lifter must be a LiftByImage or ContextAwarePoseFormer, got TinyEncoder$"
+        TypeError,
+        match="^Pipeline: lifter must be a LiftByImage, ContextAwarePoseFormer or PoseOnlyLifter, got TinyEncoder$",
     ):
         Pipeline(TinyEncoder(), TinyEncoder())
     with pytest.raises(ValueError, match="^LiftByImageConfig: num_joints must be >= 1, got 0$"):
