@@ -289,8 +289,8 @@ class RenderedPeople(Source):
         self._count, self._cache = count, cache
         self._batches: dict[int, dict[str, NDArray[Any]]] = {}
 
-    def _make(self, numbers: range) -> tuple[Scenes, Sequence[int]]:
-        """The scenes of these records, and the group of each."""
+    def _make(self, numbers: range) -> tuple[Scenes, NDArray[np.int64]]:
+        """The scenes of these records, and the group of each [S]."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -319,9 +319,9 @@ class RenderedPeople(Source):
             "image": scenes.image.numpy(),
             "keypoints": keypoints.astype(np.float32),
             "crop_matrix": crop_matrix,
-            "image_size": np.tile(np.float32(FRAME_SIZE), (len(numbers), 1)),
+            "image_size": np.tile(np.array(FRAME_SIZE, np.float32), (len(numbers), 1)),
             "pose_3d": scenes.pose_3d.numpy(),
-            "group": np.asarray(groups),
+            "group": groups,
             "mask": scenes.mask.numpy(),
         }
 
