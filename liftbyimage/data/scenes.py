@@ -64,6 +64,10 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.image)
 
+    def scene(self, index: int) -> dict[str, Tensor]:
+        """One scene's tensors by field name, without the leading dimension."""
+        return {field.name: getattr(self, field.name)[index] for field in fields(self)}
+
     @classmethod
     def join(cls, batches: Sequence[Scenes]) -> Scenes:
         """One batch of all, in order."""
