@@ -201,3 +201,53 @@ def bench_report(
             typer.echo(f"Wrote {plot}.")
             return
         typer.echo(report.summary(results) if summary else report.table(results))
+
+
+_CHECKPOINT_HELP = "A trained lifter of any kind, or demo for the demonstration model."
+_DATA_HELP = "NAME[:FOLDER][,OPTION=VALUE]…, such as human3.6m:/data/h36m,split=test."
+_EncoderWeights = Annotated[Path | None, typer.Option(help="Official HRNet weights for the checkpoint's encoder.")]
+_FlipTest = Annotated[bool, typer.Option("--flip-test", help="Average with the pose of the mirrored crop.")]
+_BatchSize = Annotated[int, typer.Option(min=1, help="Records per pass.")]
+_Workers = Annotated[int, typer.Option(min=0, help="Processes that read records.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Precision = Annotated[str, typer.Option(help="float32, bfloat16, or float16 on a GPU.")]
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help=_CHECKPOINT_HELP, show_default=False)],
+    data: Annotated[str, typer.Option(metavar="LINE", help=_DATA_HELP)],
+    encoder_weights: _EncoderWeights = None,
+    flip_test: _FlipTest = False,
+    batch_size: _BatchSize = 32,
+    workers: _Workers = 0,
+    device: _Device = "auto",
+    precision: _Precision = "float32",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many records, evenly spread.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the results.")] = None,
+    per_joint: Annotated[bool, typer.Option("--per-joint", help="The mean error of each joint too.")] = False,
+) -> None:
+    """Measure a lifter by the field's protocols, per action or sequence."""
+    with _mistakes_in_one_sentence():
+        from liftbyimage.evaluate_command import run
+
+        run(
+            _checkpoint_file(checkpoint),
+            data,
+            Console(),
+            encoder_weights=encoder_weights,
+            limit=limit,
+            json_file=json_file,
+            per_joint=per_joint,
+            flip_test=flip_test,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            precision=precision,
+            strict=strict,
+        )
+
+
+def _checkpoint_file(checkpoint: Path) -> Path:
+    return DEMO_CHECKPOINT if checkpoint == Path("demo") else checkpoint
