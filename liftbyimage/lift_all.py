@@ -135,8 +135,8 @@ def lift_all(
     floats are NaN and the group is −1. `OUT/source.json` says what was lifted with which weights and how.
 
     Args:
+        lifter: its model is loaded here, before anything is written.
         shard_size: records in a shard, at least 1.
-        lifter: its model is loaded here, once.
         batch_size: records per pass; it changes nothing but rounding.
         workers: processes that read records.
         part: (k, n), of n machines the k-th from 0: it writes the shards k, k + n, k + 2 n, …
@@ -153,7 +153,7 @@ def lift_all(
     machine, machines = _checked_part(part)
     if not len(source):
         raise ValueError("lift_all: source must have records, got none")
-    lifter.load()  # weights that cannot be read claim no folder
+    lifter.load()
     out = Path(out)
     _claim(out, _run(source, lifter, shard_size))
     names = _shard_names(len(source), shard_size)
@@ -199,9 +199,13 @@ def load_shards(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def _read_shard(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            shard = dict(arrays)
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"shard {path}: not a file of arrays that lift-all wrote ({error})") from None
+    missing = [name for name in _ALWAYS if name not in shard]
+    if missing:
+        raise ValueError(f"shard {path}: expected the arrays that lift-all writes, missing {', '.join(missing)}")
+    return shard
 
 
 def _checked_part(part: tuple[int, int]) -> tuple[int, int]:

@@ -18,7 +18,8 @@ class PicturePeople(Source):
     """The pictures that a pose file names, in its order; nobody knows their 3D poses or masks.
 
     The crop is that of `lift`: round the entry's box, or the extent of its confident joints. `groups` are the folders
-    of the pictures, as the pose file writes them, "." for those beside it.
+    of the pictures, as the pose file writes them, "." for those in `root`. `description` knows the pose file's
+    contents, but not whether a picture has changed.
 
     Args:
         root: the folder that the names in the pose file start from.
