@@ -40,11 +40,39 @@ def _permutation(pairs: tuple[tuple[int, int], ...], count: int) -> tuple[int, .
 
 FLIP_PERMUTATION: tuple[int, ...] = _permutation(FLIP_PAIRS, len(JOINT_NAMES))
 
-# MPI-INF-3DHP's 17 joints in the order of its test set.
+# MPI-INF-3DHP's 17 joints in the order of its test set and with its names, some of which mean another joint here.
+MPI_INF_3DHP_NAMES: tuple[str, ...] = (
+    "head_top",
+    "neck",
+    "right_shoulder",
+    "right_elbow",
+    "right_wrist",
+    "left_shoulder",
+    "left_elbow",
+    "left_wrist",
+    "right_hip",
+    "right_knee",
+    "right_ankle",
+    "left_hip",
+    "left_knee",
+    "left_ankle",
+    "root",
+    "spine",
+    "head",
+)
 MPI_INF_3DHP_ROOT = 14
 MPI_INF_3DHP_FLIP_PERMUTATION: tuple[int, ...] = _permutation(
     ((5, 2), (6, 3), (7, 4), (11, 8), (12, 9), (13, 10)), len(JOINT_NAMES)
 )
+
+_MPI_INF_3DHP_MEANINGS = {"root": "pelvis", "neck": "thorax", "head": "nose", "head_top": "head"}
+
+# Each lists, in the target's order, where a joint is in the source: `pose[..., list(MPI_INF_3DHP_TO_H36M), :]` takes
+# a pose of MPI-INF-3DHP to the order of JOINT_NAMES.
+H36M_TO_MPI_INF_3DHP: tuple[int, ...] = tuple(
+    JOINT_NAMES.index(_MPI_INF_3DHP_MEANINGS.get(name, name)) for name in MPI_INF_3DHP_NAMES
+)
+MPI_INF_3DHP_TO_H36M: tuple[int, ...] = tuple(H36M_TO_MPI_INF_3DHP.index(joint) for joint in range(len(JOINT_NAMES)))
 
 COCO_NAMES: tuple[str, ...] = (
     "nose",
