@@ -123,8 +123,10 @@ class ConvertedPeople(Source):
         for key, values in entries.items():
             try:
                 cameras[key] = self.camera(values)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{self._cameras}: {key!r} is not a camera ({error})") from None
+            except KeyError as error:
+                raise ValueError(f"{self._cameras}: camera {key!r} lacks {error}") from None
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{self._cameras}: camera {key!r}: {error}") from None
         return cameras
 
     def __len__(self) -> int:

@@ -100,7 +100,7 @@ class Human36M(ConvertedPeople):
             description={"source": "human3.6m", "split": split, "fps": fps},
         )
         stride = math.gcd(VIDEO_FPS, self.frame_stride)
-        if (VIDEO_FPS // fps) % stride:
+        if self.frame_stride and (VIDEO_FPS // fps) % stride:
             raise ValueError(f"fps {fps}: {self._annotations} has {VIDEO_FPS // stride} frames a second")
 
     def parse(self, imgname: str) -> Picture | None:

@@ -39,7 +39,7 @@ def picture_record(
     Raises:
         CorruptRecord: a value that is not finite, an empty box, or a picture that cannot be read.
     """
-    for name, values in (("2D joints", keypoints), ("box", box), ("3D joints", joints_3d)):
+    for name, values in (("2D joints", keypoints), ("corners of the box", box), ("3D joints", joints_3d)):
         if not np.isfinite(values).all():
             raise CorruptRecord(f"{label}: the {name} are not finite")
     if not (box[:2] < box[2:]).all():
