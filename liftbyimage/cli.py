@@ -161,9 +161,9 @@ def train_demo(
         if out.is_dir():
             raise ValueError(f"--out {out}: expected a file, got a folder")
         _check_folder(out.parent)
-        from liftbyimage import train
+        from liftbyimage.train_demo import train_demo as train
 
-        train.train_demo(out, seed, Console())
+        train(out, seed, Console())
 
 
 @app.command()

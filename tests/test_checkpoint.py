@@ -129,7 +129,7 @@ def test_wrong_format(tmp_path: Path, saved: Path) -> None:
     path = tmp_path / "list.pt"
     torch.save([1, 2], path)
     _refused(path, f"checkpoint {path}: {expected}, got a list")
-    torch.save(models.PoseOnlyLifter(dim=32, heads=4).state_dict(), path)
+    torch.save(models.build("pose-only", dim=32, heads=4).state_dict(), path)
     with pytest.raises(ValueError, match=r"got the names \S+, \S+, \S+, …$"):
         checkpoint.load_pipeline(path)
 

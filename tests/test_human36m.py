@@ -353,7 +353,8 @@ def test_workers_read_the_same_records(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_line_opens_it(root: Path) -> None:
-    source = open_source(f"human3.6m:{root},split=test,subjects=S9,fps=10", size=SIZE)
+    source = open_source(f"human3.6m:{root},split=test,subjects=S9,fps=10,size=64x48")
     assert isinstance(source, Human36M) and len(source) == 8 and source.size == SIZE
-    refusal = _refusal(lambda: open_source(f"human3.6m:{root}", size="small"))
-    assert refusal == "size must be (height, width) in px, got 'small'"
+    assert _refusal(lambda: Human36M(root, size=(4, 4))) == (
+        "size: expected (height, width), each an integer of at least 8, got (4, 4)"
+    )

@@ -15,14 +15,7 @@ from torch.utils.data import DataLoader
 from liftbyimage.data import JOINT_NAMES, box_to_crop_matrix, read_image, warp_crop
 from liftbyimage.data.mpi_inf_3dhp import MpiInf3dhp
 from liftbyimage.data.mpi_inf_3dhp_test import MpiInf3dhpTest
-from liftbyimage.data.skeleton import (
-    FLIP_PERMUTATION,
-    H36M_TO_MPI_INF_3DHP,
-    MPI_INF_3DHP_FLIP_PERMUTATION,
-    MPI_INF_3DHP_NAMES,
-    MPI_INF_3DHP_ROOT,
-    MPI_INF_3DHP_TO_H36M,
-)
+from liftbyimage.data.skeleton import H36M_TO_MPI_INF_3DHP, MPI_INF_3DHP_FLIP_PERMUTATION, MPI_INF_3DHP_ROOT
 from liftbyimage.data.source import CorruptRecord, open_source
 
 SIZE = (64, 48)
@@ -56,25 +49,27 @@ def _root_relative(joints_3d: np.ndarray) -> np.ndarray:
     return (joints_3d - joints_3d[:1]).astype(np.float32)
 
 
+# The order of the test set's arrays and of MMPose's files, in the dataset's own names.
+THEIRS = (
+    *("head_top", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist"),
+    *("right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle", "root", "spine", "head"),
+)
+RENAMED = {"head_top": "head", "neck": "thorax", "root": "pelvis", "head": "nose"}
+
+
 def test_joints_are_matched_by_name() -> None:
-    renamed = {"pelvis": "root", "thorax": "neck", "nose": "head", "head": "head_top"}
-    assert [MPI_INF_3DHP_NAMES[joint] for joint in MPI_INF_3DHP_TO_H36M] == [
-        renamed.get(name, name) for name in JOINT_NAMES
-    ]
-    assert [MPI_INF_3DHP_TO_H36M[joint] for joint in H36M_TO_MPI_INF_3DHP] == list(range(17))
-    assert [H36M_TO_MPI_INF_3DHP[joint] for joint in MPI_INF_3DHP_TO_H36M] == list(range(17))
+    ours = [RENAMED.get(name, name) for name in THEIRS]
+    assert [ours[joint] for joint in MpiInf3dhp.joint_order] == list(JOINT_NAMES)
+    assert [JOINT_NAMES[joint] for joint in H36M_TO_MPI_INF_3DHP] == ours
+    assert THEIRS[MPI_INF_3DHP_ROOT] == "root"
 
 
-def test_the_order_agrees_with_root_and_mirror() -> None:
-    assert MPI_INF_3DHP_NAMES[MPI_INF_3DHP_ROOT] == "root"
+def test_the_order_agrees_with_the_mirror() -> None:
     other = {"left": "right", "right": "left"}
-    for joint, name in enumerate(MPI_INF_3DHP_NAMES):
+    for joint, name in enumerate(THEIRS):
         side, _, part = name.partition("_")
         mirrored = f"{other[side]}_{part}" if side in other else name
-        assert MPI_INF_3DHP_NAMES[MPI_INF_3DHP_FLIP_PERMUTATION[joint]] == mirrored
-        assert (
-            H36M_TO_MPI_INF_3DHP[MPI_INF_3DHP_FLIP_PERMUTATION[joint]] == FLIP_PERMUTATION[H36M_TO_MPI_INF_3DHP[joint]]
-        )
+        assert THEIRS[MPI_INF_3DHP_FLIP_PERMUTATION[joint]] == mirrored
 
 
 def test_a_training_record_is_in_human36m_order(root: Path) -> None:
@@ -256,7 +251,7 @@ def test_corrupt_test_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["train", "test"])
 def test_workers_read_the_same_records(root: Path, shipped: Path, kind: str) -> None:
     line = f"mpi-inf-3dhp:{root}" if kind == "train" else f"mpi-inf-3dhp-test:{shipped},sequences=TS1+TS2"
-    source = open_source(line, size=SIZE)
+    source = open_source(f"{line},size=64x48")
     expected = [source[index] for index in range(len(source))]
     sent = pickle.loads(pickle.dumps(source))  # as to a spawned worker
     loaded = list(DataLoader(source, batch_size=None, num_workers=2))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from liftbyimage.data.camera import Camera
+from liftbyimage.data.crop import crop_size
 from liftbyimage.data.npz_rows import Rows, array_names, npy_rows, npz_rows
 from liftbyimage.data.picture_record import bounding_box, picture_record
 from liftbyimage.data.plain_pickle import load_plain_pickle
@@ -73,7 +74,7 @@ class ConvertedPeople(Source):
         step: int,
         keypoints: str | Path | None,
         box: str,
-        size: Sequence[int],
+        size: Sequence[int] | str,
         description: Mapping[str, Any],
     ) -> None:
         if box not in BOXES:
@@ -82,7 +83,7 @@ class ConvertedPeople(Source):
         missing = [str(path) for path in (annotations, self.root / "images") if not path.exists()]
         if missing:
             raise ValueError(f"root {root}: expected a folder with {self.layout}, missing {', '.join(missing)}")
-        self.size = checked_size(size)
+        self.size = crop_size(size)
         self._box = box
         self._rows = _annotation_rows(annotations, box)
         self._detections = None if keypoints is None else _keypoint_rows(Path(keypoints), len(self._rows["part"]))
@@ -179,12 +180,6 @@ class ConvertedPeople(Source):
         groups = tuple(self.group_order(found))
         rank = np.array([groups.index(name) for name in found], dtype=np.int16)
         return np.concatenate(chosen), rank[np.concatenate(numbers)], groups, stride
-
-
-def checked_size(size: Sequence[int]) -> tuple[int, int]:
-    if isinstance(size, str) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"size must be (height, width) in px, got {size!r}")
-    return size[0], size[1]
 
 
 def chosen_names(option: str, given: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:

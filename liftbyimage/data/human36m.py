@@ -62,7 +62,7 @@ class Human36M(ConvertedPeople):
         annotations: the annotation file; None takes the split's of ``fps10/``, or of ``fps50/`` where that is missing
             or the rate asks for it.
         box: "joints" or "annotation", see `ConvertedPeople`.
-        size: crop (height, width), px.
+        size: crop (height, width), px, or as text "256x192".
 
     Raises:
         ValueError: an option that cannot be, a missing part of the folder, or a file that is not as described.
@@ -81,7 +81,7 @@ class Human36M(ConvertedPeople):
         keypoints: str | Path | None = None,
         annotations: str | Path | None = None,
         box: str = "joints",
-        size: Sequence[int] = CROP_SIZE,
+        size: Sequence[int] | str = CROP_SIZE,
     ) -> None:
         if split not in SUBJECTS:
             raise ValueError(f"split must be one of {', '.join(SUBJECTS)}, got {split!r}")

@@ -43,7 +43,7 @@ class MpiInf3dhp(ConvertedPeople):
         keypoints: detected 2D joints instead of the truth, see `ConvertedPeople`.
         annotations: the annotation file; None takes the split's.
         box: "joints" or "annotation", see `ConvertedPeople`.
-        size: crop (height, width), px.
+        size: crop (height, width), px, or as text "256x192".
 
     Raises:
         ValueError: an option that cannot be, a missing part of the folder, or a file that is not as described.
@@ -62,7 +62,7 @@ class MpiInf3dhp(ConvertedPeople):
         keypoints: str | Path | None = None,
         annotations: str | Path | None = None,
         box: str = "joints",
-        size: Sequence[int] = CROP_SIZE,
+        size: Sequence[int] | str = CROP_SIZE,
     ) -> None:
         if split not in SUBJECTS:
             raise ValueError(f"split must be one of {', '.join(SUBJECTS)}, got {split!r}")

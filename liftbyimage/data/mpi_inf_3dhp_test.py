@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from liftbyimage.data.converted import checked_size, chosen_names, file_state
-from liftbyimage.data.crop import CROP_SIZE
+from liftbyimage.data.converted import chosen_names, file_state
+from liftbyimage.data.crop import CROP_SIZE, crop_size
 from liftbyimage.data.picture_record import bounding_box, picture_record
-from liftbyimage.data.skeleton import H36M_TO_MPI_INF_3DHP, MPI_INF_3DHP_NAMES, MPI_INF_3DHP_TO_H36M
+from liftbyimage.data.skeleton import JOINT_NAMES, MPI_INF_3DHP_TO_H36M
 from liftbyimage.data.source import Source
 
 SEQUENCES = ("TS1", "TS2", "TS3", "TS4", "TS5", "TS6")
 
-_NOT_EVALUATED = ("root", "spine", "head")
+_NOT_EVALUATED = ("pelvis", "spine", "nose")
 _METRES = 1e-3
 
 
@@ -35,7 +35,7 @@ class MpiInf3dhpTest(Source):
         universal: the poses of `univ_annot3`, scaled to the height of one universal skeleton, as the authors evaluate;
             otherwise `annot3`, true to size.
         sequences: some of TS1 … TS6, as a list or as "TS1+TS2"; None is all.
-        size: crop (height, width), px.
+        size: crop (height, width), px, or as text "256x192".
 
     Raises:
         ValueError: an option that cannot be, a missing part of the folder, a file that is not as described, or h5py
@@ -43,11 +43,7 @@ class MpiInf3dhpTest(Source):
     """
 
     evaluated_joints: tuple[int, ...] = tuple(
-        sorted(
-            joint
-            for name, joint in zip(MPI_INF_3DHP_NAMES, H36M_TO_MPI_INF_3DHP, strict=True)
-            if name not in _NOT_EVALUATED
-        )
+        joint for joint, name in enumerate(JOINT_NAMES) if name not in _NOT_EVALUATED
     )
 
     def __init__(
@@ -56,11 +52,11 @@ class MpiInf3dhpTest(Source):
         *,
         universal: bool = True,
         sequences: str | Sequence[str] | None = None,
-        size: Sequence[int] = CROP_SIZE,
+        size: Sequence[int] | str = CROP_SIZE,
     ) -> None:
         if not isinstance(universal, bool):
             raise ValueError(f"universal must be true or false, got {universal!r}")
-        self.root, self.size = Path(root), checked_size(size)
+        self.root, self.size = Path(root), crop_size(size)
         self.groups = chosen_names("sequences", sequences, SEQUENCES)
         files = [self.root / name / "annot_data.mat" for name in self.groups]
         missing = [path for path in files for path in (path, path.parent / "imageSequence") if not path.exists()]
