@@ -227,7 +227,7 @@ def test_strange_test_annotations_are_refused(tmp_path: Path) -> None:
 def test_without_h5py_one_sentence(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     assert _refusal(lambda: MpiInf3dhpTest(shipped, sequences="TS1")) == (
-        'the test set of MPI-INF-3DHP needs h5py: pip install "liftbyimage[data]"'
+        'the test set of MPI-INF-3DHP needs h5py: pip install -e ".[data]"'
     )
 
 

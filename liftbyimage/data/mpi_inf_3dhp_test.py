@@ -99,7 +99,7 @@ def _read_sequence(path: Path, pose: str) -> tuple[np.ndarray, np.ndarray, np.nd
     try:
         import h5py
     except ImportError:
-        raise ValueError('the test set of MPI-INF-3DHP needs h5py: pip install "liftbyimage[data]"') from None
+        raise ValueError('the test set of MPI-INF-3DHP needs h5py: pip install -e ".[data]"') from None
     try:
         with h5py.File(path, "r") as file:
             valid = np.ravel(file["valid_frame"][()]) != 0  # [N]
