@@ -162,12 +162,7 @@ class ConvertedPeople(Source):
         found: dict[str, int] = {}  # group → its number in the order found
         stride = 0
         for start, names in self._rows["imgname"].pieces():
-            pictures = [self.parse(name) for name in map(_text, names.tolist())]
-            if None in pictures:
-                row = pictures.index(None)
-                raise ValueError(
-                    f"{self._annotations}: row {start + row}: '{names[row]}' is not named as its pictures are"
-                )
+            pictures = [self._picture(start + row, _text(name)) for row, name in enumerate(names.tolist())]
             stride = math.gcd(stride, *(picture.frame - 1 for picture in pictures))
             kept = [
                 (start + row, found.setdefault(picture.group, len(found)))
@@ -180,6 +175,12 @@ class ConvertedPeople(Source):
         groups = tuple(self.group_order(found))
         rank = np.array([groups.index(name) for name in found], dtype=np.int16)
         return np.concatenate(chosen), rank[np.concatenate(numbers)], groups, stride
+
+    def _picture(self, row: int, imgname: str) -> Picture:
+        picture = self.parse(imgname)
+        if picture is None:
+            raise ValueError(f"{self._annotations}: row {row}: '{imgname}' is not named as its pictures are")
+        return picture
 
 
 def chosen_names(option: str, given: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
@@ -201,7 +202,7 @@ def _annotation_rows(path: Path, box: str) -> dict[str, Rows]:
     names = ("imgname", "part", "S", *(("center", "scale") if box == "annotation" else ()))
     rows = {name: npz_rows(path, name) for name in names}
     count = len(rows["imgname"])
-    allowed = {
+    allowed: dict[str, list[tuple[int, ...]]] = {
         "imgname": [()],
         "part": [(_JOINTS, 3), (_JOINTS, 2)],
         "S": [(_JOINTS, 4), (_JOINTS, 3)],
@@ -214,8 +215,8 @@ def _annotation_rows(path: Path, box: str) -> dict[str, Rows]:
             raise ValueError(f"{path}: array '{name}' must be {expected}, got {list(array.shape)}")
         kinds = "SU" if name == "imgname" else "fiu"
         if array.dtype.kind not in kinds:
-            expected = "text" if name == "imgname" else "numbers"
-            raise ValueError(f"{path}: array '{name}' must hold {expected}, got {array.dtype}")
+            content = "text" if name == "imgname" else "numbers"
+            raise ValueError(f"{path}: array '{name}' must hold {content}, got {array.dtype}")
     return rows
 
 

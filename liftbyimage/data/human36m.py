@@ -117,7 +117,10 @@ class Human36M(ConvertedPeople):
     def camera(self, values: Mapping[str, Any]) -> Camera:
         """`R` turns camera axes into the world's and `T` is the camera's position, in metres."""
         return Camera.from_human36m(
-            *(np.ravel(values[name]) for name in ("f", "c", "k", "p")),
+            f=np.ravel(values["f"]),
+            c=np.ravel(values["c"]),
+            k=np.ravel(values["k"]),
+            p=np.ravel(values["p"]),
             R=np.asarray(values["R"]).T,
             T=np.ravel(values["T"]),
             image_size=(int(values["w"]), int(values["h"])),

@@ -116,5 +116,5 @@ def _read_joints(path: Path, file: Any, name: str, axes: int, valid: np.ndarray)
     stored = file[name]
     if stored.shape not in ((len(valid), 1, 17, axes), (len(valid), 17, axes)):
         raise ValueError(f"{path}: {name} must be [{len(valid)}, 1, 17, {axes}], got {list(stored.shape)}")
-    joints = stored[()].reshape(len(valid), 17, axes)[valid].astype(np.float64)
+    joints: np.ndarray = stored[()].reshape(len(valid), 17, axes)[valid].astype(np.float64)
     return joints[:, list(MPI_INF_3DHP_TO_H36M)]

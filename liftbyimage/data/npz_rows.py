@@ -53,7 +53,8 @@ class Rows:
     def __getitem__(self, row: int) -> np.ndarray:
         """One row, [*shape[1:]]."""
         row = range(len(self))[row]
-        return self.read(row, row + 1)[0]
+        values: np.ndarray = self.read(row, row + 1)[0]
+        return values
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start … stop − 1, [stop − start, *shape[1:]].
