@@ -28,7 +28,7 @@ def save_pipeline(
     pipeline: models.Pipeline,
     path: str | os.PathLike[str],
     *,
-    encoder: str,
+    encoder: str | None,
     encoder_config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -37,7 +37,8 @@ def save_pipeline(
     """Write a pipeline.
 
     Args:
-        encoder, encoder_config: the name and keyword arguments with which `models.build_encoder` makes it.
+        encoder, encoder_config: the name and keyword arguments with which `models.build_encoder` makes it; None for a
+            pipeline without one.
         dtype: store floating-point weights in this dtype (float16 halves the file); None keeps theirs.
         extra: plain values and tensors to store beside the weights.
         with_encoder: False leaves the encoder's weights out, for an HRNet whose official file is at hand.
@@ -46,6 +47,7 @@ def save_pipeline(
         ValueError: no encoder of that name and configuration has the pipeline's weights, so that the file could not be
             read back: another configuration, an encoder of your own, or a pipeline that `optimize` made.
     """
+    with_encoder = with_encoder and pipeline.encoder is not None
     if with_encoder:
         with torch.device("meta"):
             twin = models.build_encoder(encoder, **(encoder_config or {}))
@@ -124,14 +126,14 @@ def load_pipeline(
             "model", all names with or without the prefix "module.").
         encoder_weights: a file of official HRNet weights to use instead of the checkpoint's own encoder
             weights; of the width, w32 or w48, that the checkpoint's lifter was made for.
-        model: the lifter it must hold, "lift-by-image" or "context-aware-poseformer"; None takes either.
+        model: the lifter it must hold, one of `models.LIFTERS`; None takes any.
 
     Raises:
         ValueError: as `read_checkpoint`; it holds another lifter; its weights do not fit the configuration it states;
             it holds no encoder weights and none are given; or the given ones are not of the HRNet that its lifter
             needs.
     """
-    known = (models.LiftByImage.name, models.ContextAwarePoseFormer.name)
+    known = tuple(models.LIFTERS)
     if model not in (None, *known):
         raise ValueError(f"load_pipeline: model must be one of {', '.join(known)}, got {model!r}")
     contents = _read_tensors(path, "checkpoint")
@@ -150,6 +152,8 @@ def load_pipeline(
     except TypeError as error:
         raise ValueError(f"checkpoint {path}: lifter_config does not fit {name}: {error}") from error
     load_state(lifter, contents["lifter_state"], f"checkpoint {path}: lifter")
+    if lifter.reads is None:
+        return models.Pipeline(None, lifter).eval()  # type: ignore[arg-type]
     if encoder_weights is not None:
         encoder: nn.Module = _official_encoder(encoder_weights, contents["encoder"], path)
     elif contents["encoder_state"] is None:

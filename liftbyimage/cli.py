@@ -161,9 +161,9 @@ def train_demo(
         if out.is_dir():
             raise ValueError(f"--out {out}: expected a file, got a folder")
         _check_folder(out.parent)
-        from liftbyimage import train
+        from liftbyimage import train_demo as training
 
-        train.train_demo(out, seed, Console())
+        training.train_demo(out, seed, Console())
 
 
 @app.command()

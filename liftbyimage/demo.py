@@ -18,11 +18,11 @@ from liftbyimage.checkpoint import load_pipeline, load_state, read_checkpoint
 from liftbyimage.data.crop import denormalise_keypoints, normalise_image
 from liftbyimage.draw import picture_of_person, save_figure
 from liftbyimage.metrics import mpjpe
-from liftbyimage.models import LiftedPose, Pipeline, PoseOnlyLifter
+from liftbyimage.models import LiftedPose, Pipeline, PoseOnlyConfig, PoseOnlyLifter
 from liftbyimage.nn import FactoredPatches
 from liftbyimage.ops import explain
 from liftbyimage.reference import ReferenceLiftByImage
-from liftbyimage.train import TrainingScenes, evaluate, render_scenes
+from liftbyimage.train_demo import TrainingScenes, evaluate, render_scenes
 
 FIRST_UNSEEN_SEED = 1_000_000  # far from any training seed, so that --seed 0 is not what the model was trained on
 MEASURED_PEOPLE = 256
@@ -58,7 +58,7 @@ def load_demo_models(path: Path) -> tuple[Pipeline, PoseOnlyLifter]:
     contents = read_checkpoint(path)
     if "pose_only_state" not in contents:
         raise ValueError(f"checkpoint {path}: holds no 2D-only lifter; make it with `liftbyimage train-demo`")
-    pose_only = PoseOnlyLifter(**contents["pose_only_config"])
+    pose_only = PoseOnlyLifter(PoseOnlyConfig(**contents["pose_only_config"]))
     load_state(pose_only, contents["pose_only_state"], f"checkpoint {path}: 2D-only lifter")
     return load_pipeline(path), pose_only.eval()
 

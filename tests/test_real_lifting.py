@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from liftbyimage.data.pose2sim import Pose2SimDataset
 from liftbyimage.metrics import mpjpe
 from liftbyimage.models import LiftByImage, LiftByImageConfig
-from liftbyimage.train import optimise
+from liftbyimage.train_demo import optimise
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT.parent / "shared" / "data" / "pose2sim"

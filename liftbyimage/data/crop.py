@@ -152,6 +152,17 @@ def denormalise_keypoints(keypoints: Array, size: tuple[int, int] = CROP_SIZE) -
     return (keypoints + 1) * _row((size[1] / 2, size[0] / 2), keypoints) - 0.5
 
 
+def normalised_pose(keypoints: np.ndarray, crop_matrix: ArrayLike, size: tuple[int, int] = CROP_SIZE) -> torch.Tensor:
+    """Keypoints [N, J, 2] in px of pictures, which crop_matrix [N, 2, 3] maps to px of crops: float32, normalised."""
+    return torch.from_numpy(normalise_keypoints(apply_affine(crop_matrix, keypoints), size)).float()
+
+
+def flip_normalised(pose_2d: Array) -> Array:
+    """Normalised keypoints [..., 17, 2] of the mirrored crop: negate x, exchange left and right joints."""
+    pose_2d = _floating(pose_2d, "flip_normalised", "pose_2d", (2,), joints=17)
+    return pose_2d[..., list(FLIP_PERMUTATION), :] * _row((-1, 1), pose_2d)
+
+
 def flip_crop(image: np.ndarray) -> np.ndarray:
     """Mirror images [..., H, W, 3] left to right (contiguous copy)."""
     return np.ascontiguousarray(image[..., ::-1, :])
@@ -204,7 +215,8 @@ def read_image(path: str | Path) -> np.ndarray:
     if not Path(path).is_file():
         raise ValueError(f"image {path}: no such file")
     try:
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        # From memory, since `cv2.imread` takes a JPEG file that is cut short and fills the rest with grey.
+        image = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
         image = None
     if image is None:

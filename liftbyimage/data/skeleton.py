@@ -40,8 +40,31 @@ def _permutation(pairs: tuple[tuple[int, int], ...], count: int) -> tuple[int, .
 
 FLIP_PERMUTATION: tuple[int, ...] = _permutation(FLIP_PAIRS, len(JOINT_NAMES))
 
-# MPI-INF-3DHP's 17 joints in the order of its test set.
-MPI_INF_3DHP_ROOT = 14
+# MPI-INF-3DHP's 17 joints in the order of its test set, each under the name of its Human3.6M counterpart: what is
+# called the thorax here is its neck, the nose its head, the head its head top.
+MPI_INF_3DHP_NAMES: tuple[str, ...] = (
+    "head",
+    "thorax",
+    "right_shoulder",
+    "right_elbow",
+    "right_wrist",
+    "left_shoulder",
+    "left_elbow",
+    "left_wrist",
+    "right_hip",
+    "right_knee",
+    "right_ankle",
+    "left_hip",
+    "left_knee",
+    "left_ankle",
+    "pelvis",
+    "spine",
+    "nose",
+)
+MPI_INF_3DHP_ROOT = MPI_INF_3DHP_NAMES.index("pelvis")
+# pose_in_mpi_inf_3dhp_order = pose_in_h36m_order[..., H36M_TO_MPI_INF_3DHP, :], and the other way round
+H36M_TO_MPI_INF_3DHP: tuple[int, ...] = tuple(JOINT_NAMES.index(name) for name in MPI_INF_3DHP_NAMES)
+MPI_INF_3DHP_TO_H36M: tuple[int, ...] = tuple(MPI_INF_3DHP_NAMES.index(name) for name in JOINT_NAMES)
 MPI_INF_3DHP_FLIP_PERMUTATION: tuple[int, ...] = _permutation(
     ((5, 2), (6, 3), (7, 4), (11, 8), (12, 9), (13, 10)), len(JOINT_NAMES)
 )

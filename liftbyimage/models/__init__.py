@@ -15,7 +15,7 @@ from liftbyimage.models.hrnet import HRNet, hrnet_w32, hrnet_w48
 from liftbyimage.models.lift_by_image import LiftByImage, LiftByImageConfig, LiftedPose
 from liftbyimage.models.optimize import OptimizationReport
 from liftbyimage.models.pipeline import Pipeline
-from liftbyimage.models.pose_only import PoseOnlyLifter
+from liftbyimage.models.pose_only import PoseOnlyConfig, PoseOnlyLifter
 from liftbyimage.models.tiny_encoder import TinyEncoder
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "LiftedPose",
     "OptimizationReport",
     "Pipeline",
+    "PoseOnlyConfig",
     "PoseOnlyLifter",
     "TinyEncoder",
     "build",
@@ -49,10 +50,14 @@ def _context_aware_poseformer(**config: Any) -> ContextAwarePoseFormer:
     return ContextAwarePoseFormer(ContextAwarePoseFormerConfig(**config))
 
 
+def _pose_only(**config: Any) -> PoseOnlyLifter:
+    return PoseOnlyLifter(PoseOnlyConfig(**config))
+
+
 LIFTERS: dict[str, Callable[..., nn.Module]] = {
     LiftByImage.name: _lift_by_image,
     ContextAwarePoseFormer.name: _context_aware_poseformer,
-    "pose-only": PoseOnlyLifter,
+    PoseOnlyLifter.name: _pose_only,
 }
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "hrnet-w32": hrnet_w32,

@@ -174,13 +174,20 @@ class ContextAwarePoseFormer(nn.Module):
                 f"got {list(channels)}"
             )
 
-    def pose_inputs(self, keypoints: np.ndarray, crop_matrix: np.ndarray, image_size: np.ndarray) -> tuple[Tensor, ...]:
+    def pose_inputs(
+        self,
+        keypoints: np.ndarray,
+        crop_matrix: np.ndarray,
+        image_size: np.ndarray,
+        crop_size: tuple[int, int] = CROP_SIZE,
+    ) -> tuple[Tensor, ...]:
         """What `forward` takes of keypoints found in pictures.
 
         Args:
             keypoints: [N, J, 2], px of the pictures.
             crop_matrix: [N, 2, 3], picture px to crop px (`data.crop.box_to_crop_matrix`).
             image_size: [N, 2], (width, height) of the pictures, px.
+            crop_size: (height, width) of the crops, px.
 
         Returns:
             (pose_2d, pose_crop), float32 [N, J, 2] each.
@@ -197,15 +204,15 @@ class ContextAwarePoseFormer(nn.Module):
         width, height = (image_size[:, axis, None].astype(np.float64) for axis in (0, 1))  # [N, 1]
         x, y = keypoints[..., 0], keypoints[..., 1]
         pose_2d = np.stack([2 * x / width - 1, 2 * y / width - height / width], axis=-1)
-        half = np.array([CROP_SIZE[1], CROP_SIZE[0]]) / 2
+        half = np.array([crop_size[1], crop_size[0]]) / 2
         pose_crop = apply_affine(crop_matrix, keypoints) / half - 1
         return torch.from_numpy(pose_2d).float(), torch.from_numpy(pose_crop).float()
 
-    def flip_inputs(self, pose_2d: Tensor, pose_crop: Tensor) -> tuple[Tensor, ...]:
+    def flip_inputs(self, pose_2d: Tensor, pose_crop: Tensor, crop_width: int = CROP_SIZE[1]) -> tuple[Tensor, ...]:
         """The inputs of the mirrored crop: its pixel x lies at width − 1 − x, while pose_crop is centred on width/2."""
         swap = self._mirrored_joints()
         mirror = pose_2d.new_tensor([-1.0, 1.0])
-        shift = pose_crop.new_tensor([-2.0 / CROP_SIZE[1], 0.0])
+        shift = pose_crop.new_tensor([-2.0 / crop_width, 0.0])
         return pose_2d[:, swap] * mirror, pose_crop[:, swap] * mirror + shift
 
     def flip_output(self, pose_3d: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from liftbyimage.data.crop import apply_affine, flip_pose, normalise_keypoints
-from liftbyimage.data.skeleton import FLIP_PERMUTATION
+from liftbyimage.data.crop import CROP_SIZE, flip_normalised, flip_pose, normalised_pose
 from liftbyimage.metrics import root_relative
 from liftbyimage.nn import FactoredPatches, FeatureSelection, PoseGuidedLayer, TransformerLayer
 from liftbyimage.nn.formulation import Formulation, check_formulation
@@ -28,6 +27,7 @@ from liftbyimage.ops._checks import check_dtype
 
 NUM_FREQUENCIES = 4
 POSITION_CHANNELS = NUM_FREQUENCIES * 2 * 2  # sine and cosine, of x and y
+_LAYERS = 3  # of each stage
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class LiftByImageConfig:
     """Sizes of a LiftByImage model; the defaults are the paper's with an HRNet-w32 encoder.
 
     image_channels C and grid (Hf, Wf) of the encoder's map, token width dim D, heads, feed-forward mlp_ratio·D,
-    dropout, retention r of the patches kept for stage 2, joints J, and whether patches get a feed-forward
-    (PoseGuidedLayer).
+    dropout, retention r of the patches kept for stage 2, joints J, whether patches get a feed-forward
+    (PoseGuidedLayer), and which of stage 1's three layers is the pose-guided one: 1, the middle one, as in the paper,
+    0, 2, or None for plain cross-attention in all three.
     """
 
     image_channels: int = 32
@@ -48,6 +49,7 @@ class LiftByImageConfig:
     retention: float = 0.3
     num_joints: int = 17
     image_feed_forward: bool = False
+    pose_guided_layer: int | None = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
@@ -56,6 +58,10 @@ class LiftByImageConfig:
         for name in ("image_channels", "num_joints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LiftByImageConfig: {name} must be >= 1, got {getattr(self, name)}")
+        if self.pose_guided_layer not in (None, *range(_LAYERS)):
+            raise ValueError(
+                f"LiftByImageConfig: pose_guided_layer must be 0, 1, 2 or None, got {self.pose_guided_layer!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "grid": list(self.grid)}
@@ -118,14 +124,15 @@ class LiftByImage(nn.Module):
         self.joint_embedding = nn.Parameter(torch.randn(config.num_joints, config.dim))
         self.stage1 = nn.ModuleList(
             [
-                TransformerLayer(*sizes, formulation),
-                PoseGuidedLayer(*sizes, formulation, config.image_feed_forward),
-                TransformerLayer(*sizes, formulation),
+                PoseGuidedLayer(*sizes, formulation, config.image_feed_forward)
+                if layer == config.pose_guided_layer
+                else TransformerLayer(*sizes, formulation)
+                for layer in range(_LAYERS)
             ]
         )
         self.coarse_head = nn.Linear(config.dim, 3)
         self.selection = FeatureSelection(config.retention)
-        self.stage2 = nn.ModuleList([TransformerLayer(*sizes, formulation) for _ in range(3)])
+        self.stage2 = nn.ModuleList([TransformerLayer(*sizes, formulation) for _ in range(_LAYERS)])
         self.refined_head = nn.Linear(config.dim, 3)
         self.register_buffer("positions", position_channels(config.grid), persistent=False)  # [P, 16]
 
@@ -150,10 +157,15 @@ class LiftByImage(nn.Module):
         """Stage 1: joints [B, J, D], pose-guided patches [B, P, D], importance [B, P]."""
         patches: Tensor | FactoredPatches = self.embed_patches(features)
         joints = self.pose_embed(pose_2d) + self.joint_embedding
-        look, guide, look_again = self.stage1
-        joints = look(joints, patches)
-        joints, patches = guide(joints, patches)
-        joints, importance = look_again(joints, patches, need_importance=True)
+        *before, last = self.stage1
+        for layer in before:
+            if isinstance(layer, PoseGuidedLayer):
+                joints, patches = layer(joints, patches)
+            else:
+                joints = layer(joints, patches)
+        if isinstance(last, PoseGuidedLayer):
+            return last(joints, patches, need_importance=True)
+        joints, importance = last(joints, patches, need_importance=True)
         return joints, patches, importance
 
     def explore(self, joints: Tensor, kept: Tensor | FactoredPatches) -> Tensor:
@@ -191,16 +203,22 @@ class LiftByImage(nn.Module):
                 f"Pipeline: encoder must give the lifter's {self.config.image_channels} channels, got {channels}"
             )
 
-    def pose_inputs(self, keypoints: np.ndarray, crop_matrix: np.ndarray, image_size: np.ndarray) -> tuple[Tensor, ...]:
-        """(pose_2d,) of keypoints [N, J, 2] in px of pictures, which crop_matrix [N, 2, 3] maps to crop px.
+    def pose_inputs(
+        self,
+        keypoints: np.ndarray,
+        crop_matrix: np.ndarray,
+        image_size: np.ndarray,
+        crop_size: tuple[int, int] = CROP_SIZE,
+    ) -> tuple[Tensor, ...]:
+        """(pose_2d,) of keypoints [N, J, 2] in px of pictures, which crop_matrix [N, 2, 3] maps to px of crops.
 
-        image_size [N, 2] (width, height) is what other lifters need.
+        crop_size is (height, width); image_size [N, 2] (width, height) is what other lifters need.
         """
-        return (torch.from_numpy(normalise_keypoints(apply_affine(crop_matrix, keypoints))).float(),)
+        return (normalised_pose(keypoints, crop_matrix, crop_size),)
 
-    def flip_inputs(self, pose_2d: Tensor) -> tuple[Tensor, ...]:
-        """pose_2d [B, 17, 2] of the mirrored crop."""
-        return (pose_2d[:, list(FLIP_PERMUTATION)] * pose_2d.new_tensor([-1.0, 1.0]),)
+    def flip_inputs(self, pose_2d: Tensor, crop_width: int = CROP_SIZE[1]) -> tuple[Tensor, ...]:
+        """pose_2d [B, 17, 2] of the mirrored crop; its width changes nothing."""
+        return (flip_normalised(pose_2d),)
 
     def flip_output(self, pose_3d: Tensor) -> Tensor:
         """A pose [B, 17, 3] of the mirrored crop, mirrored back."""

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from liftbyimage.models.context_aware_poseformer import ContextAwarePoseFormer
 from liftbyimage.models.lift_by_image import LiftByImage, LiftedPose
 from liftbyimage.models.optimize import OptimizationReport, optimize_encoder
+from liftbyimage.models.pose_only import PoseOnlyLifter
+
+Lifter = LiftByImage | ContextAwarePoseFormer | PoseOnlyLifter
 
 
 class Pipeline(nn.Module):
@@ -18,8 +21,8 @@ class Pipeline(nn.Module):
     Args:
         encoder: for a LiftByImage a module with `features([B, 3, H, W]) -> [B, C, Hf, Wf]` and `channels`, for a
             ContextAwarePoseFormer one with `branches([B, 3, H, W]) -> list of maps` and `branch_channels` (HRNet has
-            both, TinyEncoder the former; or your own).
-        lifter: a LiftByImage or ContextAwarePoseFormer for maps of those channels.
+            both, TinyEncoder the former; or your own); None for a PoseOnlyLifter, which reads no image.
+        lifter: a LiftByImage or ContextAwarePoseFormer for maps of those channels, or a PoseOnlyLifter.
 
     Attributes:
         report: how `optimize` made this pipeline; None for one it did not make.
@@ -27,11 +30,12 @@ class Pipeline(nn.Module):
 
     report: OptimizationReport | None = None
 
-    def __init__(self, encoder: nn.Module, lifter: LiftByImage | ContextAwarePoseFormer) -> None:
+    def __init__(self, encoder: nn.Module | None, lifter: Lifter) -> None:
         super().__init__()
-        if not isinstance(lifter, (LiftByImage, ContextAwarePoseFormer)):
+        if not isinstance(lifter, Lifter):
             raise TypeError(
-                f"Pipeline: lifter must be a LiftByImage or ContextAwarePoseFormer, got {type(lifter).__name__}"
+                "Pipeline: lifter must be a LiftByImage, ContextAwarePoseFormer or PoseOnlyLifter, "
+                f"got {type(lifter).__name__}"
             )
         lifter.check_encoder(encoder)
         self.encoder = encoder
@@ -47,6 +51,8 @@ class Pipeline(nn.Module):
             got = ", ".join(type(pose).__name__ for pose in poses) or "none"
             raise TypeError(f"Pipeline: the lifter's 2D poses must follow the images as tensors, got {got}")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.report is None):
+            if self.encoder is None:
+                return self.lifter(*poses)
             return self.lifter(self.read(images), *poses)
 
     def read(self, images: Tensor) -> Tensor | list[Tensor]:
@@ -60,7 +66,7 @@ class Pipeline(nn.Module):
         """The mean of the pose [B, J, 3] of images and that of the mirrored images, mirrored back (arguments as
         `forward`)."""
         straight = self(images, *poses)
-        mirrored = self(images.flip(3), *self.lifter.flip_inputs(*poses))
+        mirrored = self(images.flip(3), *self.lifter.flip_inputs(*poses, crop_width=images.shape[3]))
         final = [out if isinstance(out, Tensor) else out.pose_3d for out in (straight, mirrored)]
         return (final[0] + self.lifter.flip_output(final[1])) / 2
 
@@ -90,8 +96,10 @@ class Pipeline(nn.Module):
 
         Raises:
             TypeError, ValueError: `images` or `dtype` of another kind than said; features that are not finite; a
-                pipeline in training mode, or optimised already.
+                pipeline in training mode, optimised already, or without an encoder.
         """
+        if self.encoder is None:
+            raise ValueError("Pipeline.optimize: pipeline must have an encoder, got one that reads no image")
         if any(module.training for module in self.modules()):
             raise ValueError("Pipeline.optimize: pipeline must be in evaluation mode, got training mode; call eval()")
         if self.report is not None:

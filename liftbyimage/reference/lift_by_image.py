@@ -95,7 +95,9 @@ class GuidedLayer(Layer):
         self.image_feed_forward = FeedForward(dim, mlp_ratio, dropout) if image_feed_forward else None
         self.image_norm = nn.LayerNorm(dim) if image_feed_forward else None
 
-    def forward(self, joints: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, joints: Tensor, patches: Tensor, need_importance: bool = False
+    ) -> tuple[Tensor, ...]:
         joints = self.look_around(joints)
         attended, attention = self.patch_attention.attend_with_weights(joints, patches)
         sent = self.patch_attention.split(self.pose_value(joints))  # [B, H, J, D / H]
@@ -103,7 +105,8 @@ class GuidedLayer(Layer):
         patches = patches + self.image_out_proj(received)
         if self.image_feed_forward is not None and self.image_norm is not None:
             patches = self.image_norm(patches + self.dropout(self.image_feed_forward(patches)))
-        return self.finish(joints, attended), patches
+        joints = self.finish(joints, attended)
+        return (joints, patches, attention.mean((1, 2))) if need_importance else (joints, patches)
 
 
 class ReferenceLiftByImage(nn.Module):
@@ -121,7 +124,12 @@ class ReferenceLiftByImage(nn.Module):
         self.embed = nn.Linear(config.image_channels + positions.shape[1], config.dim)
         self.pose_embed = nn.Linear(2, config.dim)
         self.joint_embedding = nn.Parameter(torch.zeros(config.num_joints, config.dim))
-        self.stage1 = nn.ModuleList([Layer(*sizes), GuidedLayer(*sizes, config.image_feed_forward), Layer(*sizes)])
+        self.stage1 = nn.ModuleList(
+            [
+                GuidedLayer(*sizes, config.image_feed_forward) if layer == config.pose_guided_layer else Layer(*sizes)
+                for layer in range(3)
+            ]
+        )
         self.coarse_head = nn.Linear(config.dim, 3)
         self.stage2 = nn.ModuleList([Layer(*sizes) for _ in range(3)])
         self.refined_head = nn.Linear(config.dim, 3)
@@ -134,9 +142,16 @@ class ReferenceLiftByImage(nn.Module):
         patches = self.embed(torch.cat([channels, positions], dim=2))  # [B, P, D]
         joints = self.pose_embed(pose_2d) + self.joint_embedding
 
-        joints = self.stage1[0](joints, patches)
-        joints, patches = self.stage1[1](joints, patches)
-        joints, importance = self.stage1[2](joints, patches, need_importance=True)
+        *before, last = self.stage1
+        for layer in before:
+            if isinstance(layer, GuidedLayer):
+                joints, patches = layer(joints, patches)
+            else:
+                joints = layer(joints, patches)
+        if isinstance(last, GuidedLayer):
+            joints, patches, importance = last(joints, patches, need_importance=True)
+        else:
+            joints, importance = last(joints, patches, need_importance=True)
         coarse = self.coarse_head(joints)
 
         index = importance.topk(self.keep, dim=1).indices.sort(dim=1).values  # [B, K]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from liftbyimage import demo, train
-from liftbyimage.train import DemoRecipe, coarse_loss, optimise, refined_loss, render_scenes
+from liftbyimage import demo, train_demo
+from liftbyimage.train_demo import DemoRecipe, coarse_loss, optimise, refined_loss, render_scenes
 
 TINY = DemoRecipe(
     scenes=12, held_out=8, detector_steps=2, stage1_steps=3, stage2_steps=2, batch_size=4, dim=16, heads=2
@@ -61,7 +61,7 @@ def test_every_sample_is_seen_once_an_epoch():
 
 
 def test_stage_losses_reach_their_own_parameters_only(scenes):
-    pipeline, _, _ = train.build_demo_models(TINY)
+    pipeline, _ = train_demo.build_demo_models(TINY)
     coarse_loss(pipeline, scenes, torch.arange(4)).backward()
     stage1 = [*pipeline.encoder.parameters(), *pipeline.lifter.stage1_parameters()]
     # A key bias shifts every score of a row, which the softmax drops, and patches updated last are not read again.
@@ -74,22 +74,24 @@ def test_stage_losses_reach_their_own_parameters_only(scenes):
 
 
 def test_render_scenes_does_not_depend_on_chunks(scenes, monkeypatch):
-    monkeypatch.setattr(train, "CHUNK", 5)
+    monkeypatch.setattr(train_demo, "CHUNK", 5)
     again = render_scenes(12, seed=0)
     for name in ("image", "pose_2d", "pose_3d"):
         assert torch.equal(getattr(scenes, name), getattr(again, name))
 
 
 def test_train_demo_writes_a_checkpoint_that_the_demo_reads(tmp_path):
-    errors = train.train_demo(tmp_path / "demo.pt", seed=3, console=quiet(), recipe=TINY)
+    errors = train_demo.train_demo(tmp_path / "demo.pt", seed=3, console=quiet(), recipe=TINY)
     pipeline, pose_only = demo.load_demo_models(tmp_path / "demo.pt")
     held_out = render_scenes(TINY.held_out, seed=4)
-    again = train.evaluate(pipeline, pose_only, held_out)
+    again = train_demo.evaluate(pipeline, pose_only, held_out)
     for name in ("coarse", "refined", "pose_only"):
         assert again[name] == pytest.approx(errors[name], rel=2e-2)  # weights are stored in float16
 
 
 def test_train_demo_is_reproducible(tmp_path):
     recipe = replace(TINY, stage2_steps=1)
-    first, second = (train.train_demo(tmp_path / f"{i}.pt", seed=3, console=quiet(), recipe=recipe) for i in range(2))
+    first, second = (
+        train_demo.train_demo(tmp_path / f"{i}.pt", seed=3, console=quiet(), recipe=recipe) for i in range(2)
+    )
     assert {k: v for k, v in first.items() if k != "minutes"} == {k: v for k, v in second.items() if k != "minutes"}

@@ -23,7 +23,7 @@ from liftbyimage.checkpoint import cast_state, save_pipeline
 from liftbyimage.data.crop import normalise_image, normalise_keypoints
 from liftbyimage.data.synthetic import generate
 from liftbyimage.metrics import mpjpe, root_relative
-from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyLifter, TinyEncoder
+from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyConfig, PoseOnlyLifter, TinyEncoder
 
 CHUNK = 64  # scenes rendered or lifted at a time
 DEPTH_WEIGHT = 20.0  # per square metre, beside a cross-entropy in nats
@@ -171,12 +171,12 @@ def evaluate(pipeline: Pipeline, pose_only: PoseOnlyLifter, scenes: TrainingScen
     return {name: 1000 * mpjpe(torch.cat(parts), scenes.pose_3d).item() for name, parts in poses.items()}
 
 
-def build_demo_models(recipe: DemoRecipe) -> tuple[Pipeline, PoseOnlyLifter, dict[str, Any]]:
-    """The untrained pipeline, the 2D-only lifter of about as many weights, and that lifter's configuration."""
+def build_demo_models(recipe: DemoRecipe) -> tuple[Pipeline, PoseOnlyLifter]:
+    """The untrained pipeline, and the 2D-only lifter of about as many weights."""
     config = LiftByImageConfig(dim=recipe.dim, heads=recipe.heads, dropout=recipe.dropout)
-    pose_only_config = {"dim": recipe.dim, "heads": recipe.heads, "dropout": recipe.dropout}
+    pose_only = PoseOnlyLifter(PoseOnlyConfig(dim=recipe.dim, heads=recipe.heads, dropout=recipe.dropout))
     pipeline = Pipeline(TinyEncoder(config.image_channels), LiftByImage(config))
-    return pipeline, PoseOnlyLifter(**pose_only_config), pose_only_config
+    return pipeline, pose_only
 
 
 def train_demo(
@@ -191,7 +191,7 @@ def train_demo(
     console = console or Console()
     started = time.monotonic()
     torch.manual_seed(seed)
-    pipeline, pose_only, pose_only_config = build_demo_models(recipe)
+    pipeline, pose_only = build_demo_models(recipe)
 
     console.print(f"Rendering {recipe.scenes} scenes for training and {recipe.held_out} to hold out …")
     scenes = render_scenes(recipe.scenes, seed=seed)
@@ -238,7 +238,7 @@ def train_demo(
         encoder_config={"channels": pipeline.lifter.config.image_channels},
         dtype=torch.float16,
         extra={
-            "pose_only_config": pose_only_config,
+            "pose_only_config": pose_only.config.to_dict(),
             "pose_only_state": cast_state(pose_only, torch.float16),
             "training": {
                 "recipe": asdict(recipe),
