@@ -31,9 +31,11 @@ class Stage(ABC):
 
     Attributes:
         name: as it appears in curves, checkpoints and messages.
+        measured: what the names of errors of its pose begin with in `evaluate.summarise`.
     """
 
     name: str
+    measured = ""
 
     @abstractmethod
     def parameters(self, pipeline: Pipeline) -> list[nn.Parameter]:
@@ -68,6 +70,7 @@ class BroadQuery(Stage):
     """Stage 1 of Lifting by Image, with the encoder."""
 
     name = "stage 1"
+    measured = "coarse_"
 
     def parameters(self, pipeline: Pipeline) -> list[nn.Parameter]:
         return [*pipeline.encoder.parameters(), *pipeline.lifter.stage1_parameters()]
