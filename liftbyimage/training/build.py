@@ -30,7 +30,7 @@ class Start:
 
 
 def build_pipeline(config: TrainingConfig, crop_size: tuple[int, int]) -> Start:
-    """The pipeline of a configuration for crops of `crop_size` (height, width), px; new weights are drawn from its seed.
+    """The pipeline of a configuration for crops of `crop_size` (height, width), px; its seed draws new weights.
 
     Raises:
         TypeError, ValueError: settings that no encoder or lifter has, that do not fit each other or the crops, or files

@@ -1,7 +1,7 @@
 """Training in several processes, as torchrun starts them: one step, seen by all of them.
 
 Gradients are averaged by DistributedDataParallel, batch norms take their statistics over the whole batch, and the few
-numbers that all must know of a step travel in one message. Without torchrun there is one process and none of it happens.
+numbers that all must know of a step travel in one message. Without torchrun there is one process, and nothing of this.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -56,12 +55,11 @@ class Processes:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def parallel(self, module: nn.Module) -> nn.Module:
-        """`module` with gradients averaged over processes; some parameters may get none (the pose-guided layer's image
-        side, where it is the last of stage 1)."""
+    def parallel(self, module: nn.Module, idle_parameters: bool) -> nn.Module:
+        """`module` with gradients averaged over processes; `idle_parameters`: some parameters never get one."""
         if self.world == 1:
             return module
-        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+        return DistributedDataParallel(module, find_unused_parameters=idle_parameters)
 
     def local(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Gradients stay in this process, to be averaged with those of a later part of the step."""
@@ -122,9 +120,25 @@ def _device(name: str, world: int) -> torch.device:
     return device
 
 
+class _Total(torch.autograd.Function):
+    """The sum of a tensor over all processes. Its gradient is that of the sum of all processes' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class SynchronisedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d over the batches [B, C, H, W] of all processes, on the CPU, where `torch.nn.SyncBatchNorm` does not
-    run: outputs, gradients and running statistics are those of one process with all samples. B may be 0, not everywhere.
+    run: outputs, gradients and running statistics are those of one process with all samples. B may be 0 in some.
 
     The mean comes first and the squared deviations from it second: one pass over x and x² would lose digits.
     """
@@ -134,10 +148,10 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         count = values.new_full((1,), values.numel() // values.shape[1])
-        total = all_reduce(torch.cat([values.sum((0, 2, 3)), count]))
+        total = _Total.apply(torch.cat([values.sum((0, 2, 3)), count]))
         count, mean = total[-1].detach(), total[:-1] / total[-1].detach()  # [], [C]
         centred = values - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count  # [C]
+        variance = _Total.apply(centred.square().sum((0, 2, 3))) / count  # [C]
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -15,7 +15,8 @@ from liftbyimage.training.stages import Stage
 class StageLoss(nn.Module):
     """A part of a batch in, its loss out, summed over samples; the network computes under autocast to `precision`.
 
-    `kind` is "mse", the mean squared error of a sample's coordinates, m², or "mpjpe", the mean distance of its joints, m.
+    `kind` is "mse", the mean squared error of a sample's coordinates, m², or "mpjpe", the mean distance of its joints,
+    m.
     """
 
     def __init__(self, pipeline: Pipeline, stage: Stage, kind: str, precision: str) -> None:

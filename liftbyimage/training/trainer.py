@@ -1,7 +1,7 @@
 """The training loop: stages, epochs, steps.
 
-What is random is a function of the seed and of where in the run it is drawn (stage, epoch, step, process), never of what
-was drawn before: a run that continues from `last.pt`, even from the middle of an epoch, is the run that was never
+What is random is a function of the seed and of where in the run it is drawn (stage, epoch, step, process), never of
+what was drawn before: a run that continues from `last.pt`, even from the middle of an epoch, is the run that was never
 interrupted, bit by bit.
 """
 
@@ -208,7 +208,8 @@ class Trainer:
             if average is not None:
                 average.load_state_dict(self.restored["average"])
             self.restored = None
-        model = self.group.parallel(StageLoss(self.pipeline, stage, config.loss, config.precision))
+        loss = StageLoss(self.pipeline, stage, config.loss, config.precision)
+        model = self.group.parallel(loss, stage.has_idle_parameters(self.pipeline))
         batches = Batches(config, len(self.source), number, self.group.rank, self.group.world)
         return StageWork(stage, self.epochs[number], model, parameters, optimiser, average, batches)
 
