@@ -263,6 +263,8 @@ def _settings(pairs: list[str]) -> dict[str, object]:
             raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
         settings[key] = yaml.safe_load(value)
     return settings
+
+
 _CHECKPOINT_HELP = "A trained lifter of any kind, or demo for the demonstration model."
 _DATA_HELP = "NAME[:FOLDER][,OPTION=VALUE]…, such as human3.6m:/data/h36m,split=test."
 _EncoderWeights = Annotated[Path | None, typer.Option(help="Official HRNet weights for the checkpoint's encoder.")]

@@ -194,7 +194,12 @@ def test_processes_share_every_record_of_an_epoch(count: int, accumulate: int) -
 
 
 def test_torchrun_gives_the_curve_of_one_process(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "data": "synthetic,count=21,size=64x48", "validate": "synthetic,count=5,seed=1,size=64x48"}
+    settings = {
+        **SETTINGS,
+        "data": "synthetic,count=21,size=64x48",
+        "validate": "synthetic,count=5,seed=1,size=64x48",
+        "pictures": 0,
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["-m", "liftbyimage", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")]

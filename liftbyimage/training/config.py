@@ -47,7 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # Where and how often, not what: a run may continue with other values of these. (The records are compared themselves.)
-MAY_CHANGE = ("data", "validate", "workers", "device", "cache", "strict", "save_every_minutes")
+MAY_CHANGE = ("data", "validate", "workers", "device", "cache", "strict", "save_every_minutes", "pictures")
 
 _AT_LEAST: dict[str, float] = {
     "epochs": 0,
@@ -60,6 +60,7 @@ _AT_LEAST: dict[str, float] = {
     "workers": 0,
     "seed": 0,
     "limit_validation": 1,
+    "pictures": 0,
 }
 _MORE_THAN: dict[str, float] = {"learning_rate": 0, "decay": 0, "clip_norm": 0, "save_every_minutes": 0}
 
@@ -96,6 +97,7 @@ class TrainingConfig:
         save_every_minutes: between two writings of last.pt within an epoch.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
         limit_validation: validate on the first so many records; None: on all.
+        pictures: how many of them to draw for TensorBoard after every validation, half a second each.
 
     Raises:
         TypeError, ValueError: a value of another kind or range, naming the key.
@@ -133,6 +135,7 @@ class TrainingConfig:
     save_every_minutes: float = 10.0
     device: str = "auto"
     limit_validation: int | None = None
+    pictures: int = 3
 
     def __post_init__(self) -> None:
         check_values("TrainingConfig", TrainingConfig, vars(self))

@@ -44,7 +44,9 @@ from liftbyimage.training.feed import (
 from liftbyimage.training.log import Log
 from liftbyimage.training.loss import StageLoss
 from liftbyimage.training.signals import StopRequest
+from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import FocusedExploration, Stage, stages_of
+from liftbyimage.training.validation import validate
 
 FORMAT = "liftbyimage-training-1"
 LAST, BEST, MODEL, CONFIG, CURVES = "last.pt", "best.pt", "model.pt", "config.yaml", "curves.json"
@@ -111,7 +113,7 @@ def train(
     source = source or _open(config.data, "data")
     if validation is None and config.validate is not None:
         validation = _open(config.validate, "validate")
-    with processes(config.device) as group, StopRequest() as stop:
+    with processes(config.device, config.precision) as group, StopRequest() as stop:
         devices = [group.device] if group.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             return Trainer(config, Path(out), source, validation, group, stop, console).run(resume)
@@ -162,7 +164,7 @@ class Trainer:
         self.curves: dict[str, Any] = {"loss": {stage.name: [] for stage in self.stages}, "validation": []}
         self.restored: dict[str, Any] | None = None  # of last.pt, until the stage it was written in has taken it
         self.saved_at = time.monotonic()
-        self.log = Log(out, group, console)
+        self.log = Log(out, group, config.pictures, console)
 
     def run(self, resume: bool) -> Trained:
         if resume:
@@ -220,8 +222,6 @@ class Trainer:
         """A function of the epoch's mirrored records that gives the parts of its steps, in order."""
         config, device = self.config, self.group.device
         if config.cache is not None and isinstance(work.stage, FocusedExploration):
-            from liftbyimage.training.stage2_cache import Stage2Cache
-
             cache = Stage2Cache.open(
                 config.cache,
                 self.pipeline,
@@ -304,8 +304,6 @@ class Trainer:
         if self.validation is None:
             self._write_curves()
             return
-        from liftbyimage.training.validation import validate
-
         pipeline = self.pipeline if work.average is None else work.average.module
         errors = validate(pipeline, work.stage, self.validation, self.config, self.group)
         where = {"stage": work.stage.name, "epoch": self.place.epoch + 1, "step": self._global_step()}
