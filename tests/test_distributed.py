@@ -88,7 +88,9 @@ def in_one_of_two(rank: int, folder: Path, port: int) -> None:
         found["sums"] = group.add_up([1.0, 10.0 * rank])
         found["gathered"] = group.gather(f"from {rank}")
         found["shared"] = group.share(f"from {rank}")
-    for name, settings in {"last guides": {"lifter": {**SETTINGS["lifter"], "pose_guided_layer": 2}}}.items():
+    for name, settings in {
+        "last guides": {"lifter": {**SETTINGS["lifter"], "pose_guided_layer": 2, "dim": 64}}
+    }.items():
         config = TrainingConfig(**{**SETTINGS, **settings})
         found[name] = train(config, folder / name, source=people(9), console=quiet()).curves
     accumulated = TrainingConfig(**SETTINGS, accumulate=2)
@@ -159,7 +161,7 @@ def assert_same_losses(first: dict[str, Any], second: dict[str, Any]) -> None:
 def test_parameters_without_a_gradient_do_not_stop_two_processes(
     found: list[dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
-    config = TrainingConfig(**{**SETTINGS, "lifter": {**SETTINGS["lifter"], "pose_guided_layer": 2}})
+    config = TrainingConfig(**{**SETTINGS, "lifter": {**SETTINGS["lifter"], "pose_guided_layer": 2, "dim": 64}})
     alone = train(config, tmp_path, source=people(9), console=quiet()).curves
     for one in found:
         assert_same_losses(one["last guides"], alone)
@@ -201,10 +203,10 @@ def test_torchrun_gives_the_curve_of_one_process(tmp_path: Path) -> None:
         "pictures": 0,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "liftbyimage", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    two = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=100)
     assert two.returncode == 0, two.stderr
     assert two.stderr.count("stage 1, epoch 1 of 2: loss") == 1  # one process talks
     one = train(TrainingConfig.read(tmp_path / "run.yaml"), tmp_path / "one", console=quiet()).curves
