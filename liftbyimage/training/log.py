@@ -81,14 +81,12 @@ class Log:
 
     def begin_epoch(self, stage: str, place: Place, epochs: int, steps: int) -> None:
         self.title = f"{stage}, epoch {place.epoch + 1} of {epochs}"
-        self.losses: list[float] = []
         self.unread = 0
         if self.bar is not None:
             self.task = self.bar.add_task(self.title, total=steps, completed=place.step, loss="")
 
     def step(self, step: int, loss: float, rate: float, seconds: float, unread: int) -> None:
         """`unread`: how many of the step's records could not be read, in all processes."""
-        self.losses.append(loss)
         self.unread += unread
         if self.bar is not None:
             self.bar.update(self.task, advance=1, loss=f"loss {loss:.5f}")
@@ -96,12 +94,13 @@ class Log:
             for name, value in (("loss", loss), ("learning rate", rate), ("seconds per step", seconds)):
                 self.board.add_scalar(name, value, step)
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, losses: list[float], complete: bool) -> None:
         if self.unread:
             text = f"warning: {self.unread} records could not be read in {self.title}; the next ones stood in for them."
             if self.group.first:
                 self.console.print(text, markup=False, highlight=False, soft_wrap=True, style="yellow")
-        self.say(f"{self.title}: loss {np.mean(self.losses):.5f}")
+        if complete:
+            self.say(f"{self.title}: loss {np.mean(losses):.5f}")
         if self.bar is not None:
             self.bar.remove_task(self.task)
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from liftbyimage._files import write_atomically
@@ -50,6 +50,9 @@ from liftbyimage.training.validation import validate
 
 FORMAT = "liftbyimage-training-1"
 LAST, BEST, MODEL, CONFIG, CURVES = "last.pt", "best.pt", "model.pt", "config.yaml", "curves.json"
+
+
+Feed = Callable[[Tensor], Iterator[Part]]  # the records [N] that an epoch mirrors → the parts of its steps, in order
 
 
 class Trained(NamedTuple):
@@ -218,8 +221,8 @@ class Trainer:
         batches = Batches(config, len(self.source), number, self.group.rank, self.group.world)
         return StageWork(stage, self.epochs[number], model, parameters, optimiser, average, batches)
 
-    def _feed(self, work: StageWork) -> Any:
-        """A function of the epoch's mirrored records that gives the parts of its steps, in order."""
+    def _feed(self, work: StageWork) -> Feed:
+        """Where the parts of the stage's steps come from: records, or what the frozen stage 1 made of them."""
         config, device = self.config, self.group.device
         if config.cache is not None and isinstance(work.stage, FocusedExploration):
             cache = Stage2Cache.open(
@@ -238,14 +241,14 @@ class Trainer:
         loader = record_loader(self.source, work.batches, config)
         return lambda mirrored: parts_from_records(loader, self.pipeline.lifter, mirrored, device)
 
-    def _run_epoch(self, work: StageWork, feed: Any) -> bool:
+    def _run_epoch(self, work: StageWork, feed: Feed) -> bool:
         """The steps of the epoch at hand that are not done yet; False if the run was asked to stop."""
         place = self.place
         if place.step == self.steps:  # continued between the last step and validation
             return True
         work.stage.train(self.pipeline)
         work.batches.start(place.epoch, place.step)
-        parts = iter(feed(mirrored_records(self.config, len(self.source), place.stage, place.epoch)))
+        parts = feed(mirrored_records(self.config, len(self.source), place.stage, place.epoch))
         self.log.begin_epoch(work.stage.name, place, work.epochs, self.steps)
         stopping = False
         while place.step < self.steps and not stopping:
@@ -253,7 +256,7 @@ class Trainer:
             place.step += 1
             if stopping or place.step == self.steps or self._saving_is_due():
                 self._save(work)
-        self.log.end_epoch()
+        self.log.end_epoch(self.curves["loss"][work.stage.name][-place.step :], complete=not stopping)
         return not stopping
 
     def _step(self, work: StageWork, parts: Iterator[Part]) -> bool:
@@ -302,7 +305,6 @@ class Trainer:
     def _validate(self, work: StageWork) -> None:
         """Measure the epoch's weights, and keep them if they are the best of the last stage."""
         if self.validation is None:
-            self._write_curves()
             return
         pipeline = self.pipeline if work.average is None else work.average.module
         errors = validate(pipeline, work.stage, self.validation, self.config, self.group)
