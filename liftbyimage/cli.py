@@ -165,9 +165,9 @@ def train_demo(
         if out.is_dir():
             raise ValueError(f"--out {out}: expected a file, got a folder")
         _check_folder(out.parent)
-        from liftbyimage.train_demo import train_demo as train
+        from liftbyimage import train_demo as training
 
-        train(out, seed, Console())
+        training.train_demo(out, seed, Console())
 
 
 @app.command()

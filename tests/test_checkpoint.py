@@ -160,9 +160,11 @@ def test_encoder_of_other_channels(saved: Path) -> None:
 
 
 def test_other_lifter(saved: Path) -> None:
-    _change(saved, lifter="pose-only")
+    _change(saved, lifter="videopose")
     _refused(
-        saved, f"checkpoint {saved}: lifter must be one of lift-by-image, context-aware-poseformer, got 'pose-only'"
+        saved,
+        f"checkpoint {saved}: lifter must be one of lift-by-image, context-aware-poseformer, pose-only, "
+        "got 'videopose'",
     )
 
 
@@ -258,6 +260,7 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, pipeline: mode
 
 def test_model_that_does_not_exist(saved: Path) -> None:
     with pytest.raises(
-        ValueError, match="^load_pipeline: model must be one of lift-by-image, context-aware-poseformer, got"
+        ValueError,
+        match="^load_pipeline: model must be one of lift-by-image, context-aware-poseformer, pose-only, got 'capf'$",
     ):
         checkpoint.load_pipeline(saved, model="capf")
