@@ -305,7 +305,8 @@ def test_broken_weights_are_said_to_be(tmp_path: Path) -> None:
     assert str(error.value) == f"BatchLifter: a pose is not finite: the weights of {broken} are broken"
 
 
-def test_the_lifter_unchanged_in_ray_data(saved: Path) -> None:
+def test_the_lifter_unchanged_in_ray_data(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     pytest.importorskip("ray.data", reason='Ray Data is not installed: pip install "liftbyimage[ray]"')
     import ray
 

@@ -294,11 +294,12 @@ def test_lines_give_options_of_their_own_kind(mocap: Path) -> None:
         (
             "imagenet",
             "source must be one of synthetic, mocap, pose2sim, human3.6m, mpi-inf-3dhp, mpi-inf-3dhp-test, "
-            "got 'imagenet'",
+            "pictures, got 'imagenet'",
         ),
         (
             "",
-            "source must be one of synthetic, mocap, pose2sim, human3.6m, mpi-inf-3dhp, mpi-inf-3dhp-test, got ''",
+            "source must be one of synthetic, mocap, pose2sim, human3.6m, mpi-inf-3dhp, mpi-inf-3dhp-test, "
+            "pictures, got ''",
         ),
         (
             "synthetic:/data",
