@@ -102,6 +102,12 @@ def test_rows_are_what_the_frozen_stage_makes_of_records(tmp_path, people, formu
     assert torch.equal(pose_3d, truth)
 
 
+def test_a_batch_may_be_empty(tmp_path, people, pipeline):
+    cache = open_cache(tmp_path, pipeline, people)
+    kept, pose_3d = cache.batch(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool))
+    assert [list(part.shape) for part in (*kept, pose_3d)] == [[0, 17, 16], [0, 57, 16], [0, 17, 3], [0, 17, 3]]
+
+
 def test_mirrored_rows_differ_from_straight_ones(tmp_path, people, pipeline):
     """Or the test above would not see that they were swapped."""
     cache = open_cache(tmp_path, pipeline, people)

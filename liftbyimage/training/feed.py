@@ -20,6 +20,8 @@ from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.data.source import ReadableRecords, Source
 from liftbyimage.models.pipeline import Lifter
 from liftbyimage.training.config import TrainingConfig
+from liftbyimage.training.prefetch import prefetch
+from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import Kept
 
 # What a random draw is for: the same numbers must not serve two purposes.
@@ -107,11 +109,15 @@ def parts_from_records(
         yield Part(batch, batch.pose_3d, [problem for problem in records["problem"] if problem])
 
 
-def parts_from_cache(cache: Any, batches: Batches, mirrored: Tensor, device: torch.device) -> Iterator[Part]:
-    for records in batches:
+def parts_from_cache(cache: Stage2Cache, batches: Batches, mirrored: Tensor, device: torch.device) -> Iterator[Part]:
+    """The next part is read from disk while the caller works on one."""
+
+    def read(records: list[int]) -> Part:
         index = torch.tensor(records, dtype=torch.int64)
         kept, pose_3d = cache.batch(index, mirrored[index])
-        problems = [cache.problems[record] for record in records if record in cache.problems]
+        return Part(kept, pose_3d, [cache.problems[record] for record in records if record in cache.problems])
+
+    for kept, pose_3d, problems in prefetch(read, batches):
         yield Part(Kept(*(tensor.to(device) for tensor in kept)), pose_3d.to(device), problems)
 
 

@@ -90,12 +90,14 @@ class Stage2Cache:
 
     Attributes:
         problems: for each record that could not be read, by index, why; another record stands in for it.
+        row_bytes: what one sample takes on disk.
     """
 
     def __init__(self, layout: _Layout, dtype: torch.dtype) -> None:
         self._layout, self._dtype = layout, dtype
         self._maps: OrderedDict[int, np.memmap[Any, Any]] = OrderedDict()
         self.problems = _read_problems(layout)
+        self.row_bytes = layout.row.itemsize
 
     @classmethod
     def open(
