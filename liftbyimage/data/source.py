@@ -23,6 +23,7 @@ SOURCES = {
     "human3.6m": "liftbyimage.data.human36m:Human36M",
     "mpi-inf-3dhp": "liftbyimage.data.mpi_inf_3dhp:MpiInf3dhp",
     "mpi-inf-3dhp-test": "liftbyimage.data.mpi_inf_3dhp_test:MpiInf3dhpTest",
+    "pictures": "liftbyimage.data.pictures:PicturePeople",
 }
 
 
@@ -122,9 +123,10 @@ def open_source(line: str, **options: Any) -> Source:
     if unknown:
         raise ValueError(f"source {line!r}: {name} has no option {unknown[0]!r}, only {', '.join(known)}")
     try:
-        return make(*([folder] if folder else []), **given)
+        source: Source = make(*([folder] if folder else []), **given)
     except TypeError as error:
         raise ValueError(f"source {line!r}: {error}") from None
+    return source
 
 
 def _value(text: str) -> Any:
