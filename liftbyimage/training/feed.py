@@ -21,6 +21,7 @@ from liftbyimage.data.source import ReadableRecords, Source
 from liftbyimage.models.pipeline import Lifter
 from liftbyimage.training.config import TrainingConfig
 from liftbyimage.training.prefetch import prefetch
+from liftbyimage.training.signals import leave_signals_to_the_trainer
 from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import Kept
 
@@ -92,7 +93,7 @@ def record_loader(source: Source, batches: Batches, config: TrainingConfig) -> D
         batch_sampler=batches,
         num_workers=config.workers,
         collate_fn=partial(_collate, size=source.size),
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_trainer,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )
@@ -137,11 +138,3 @@ def _collate(records: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, 
         "index": torch.empty(0, dtype=torch.int64),
         "problem": [],
     }
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the whole process group asks the trainer to stop after its step, for which it needs its records."""
-    import signal
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
