@@ -1,5 +1,6 @@
 """The stage-2 cache: the same numbers as without it, resumed by presence, refused for anything else than it holds."""
 
+import io
 import json
 import shutil
 from collections import namedtuple
@@ -8,13 +9,14 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.data import default_collate
 
 from liftbyimage.batches import make_batch, mirror
 from liftbyimage.data.source import CorruptRecord, Source
 from liftbyimage.data.synthetic import SyntheticPeople
 from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyLifter, TinyEncoder
-from liftbyimage.training import stage2_cache
+from liftbyimage.training import TrainingConfig, stage2_cache, train
 from liftbyimage.training.prefetch import prefetch
 from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import FocusedExploration
@@ -102,6 +104,12 @@ def test_rows_are_what_the_frozen_stage_makes_of_records(tmp_path, people, formu
     assert torch.equal(pose_3d, truth)
 
 
+def test_a_batch_may_be_empty(tmp_path, people, pipeline):
+    cache = open_cache(tmp_path, pipeline, people)
+    kept, pose_3d = cache.batch(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool))
+    assert [list(part.shape) for part in (*kept, pose_3d)] == [[0, 17, 16], [0, 57, 16], [0, 17, 3], [0, 17, 3]]
+
+
 def test_mirrored_rows_differ_from_straight_ones(tmp_path, people, pipeline):
     """Or the test above would not see that they were swapped."""
     cache = open_cache(tmp_path, pipeline, people)
@@ -148,6 +156,25 @@ def test_losses_of_stage_2_are_those_without_the_cache(tmp_path, people):
     without = train_stage_2(direct, lambda index, mirrored: kept_directly(direct, people, index.tolist(), mirrored))
     torch.testing.assert_close(with_cache, without, atol=0, rtol=1e-6)
     assert with_cache[-4:].mean() < with_cache[:4].mean()
+
+
+def test_training_is_the_same_with_and_without_the_cache(tmp_path, people):
+    """Both stages; the second run with the cache finds it whole."""
+    settings = {"encoder": "tiny", "encoder_config": {"channels": 8}, "lifter": {"dim": 16, "heads": 2}}
+    settings |= {"epochs": 1, "stage2_epochs": 3, "batch_size": 4, "device": "cpu"}
+    cache = str(tmp_path / "cache")
+
+    def curves(out, **more):
+        console = Console(file=io.StringIO())
+        return train(TrainingConfig(**settings, **more), tmp_path / out, source=people, console=console).curves["loss"]
+
+    without, first = curves("without"), curves("first", cache=cache)
+    people.reads.clear()
+    second = curves("second", cache=cache)
+    assert len(people.reads) < 2 * COUNT  # of stage 1's epoch and a look at the first record; none of stage 2
+    assert first == second and first["stage 1"] == without["stage 1"]
+    assert len(first["stage 2"]) == 9
+    assert first["stage 2"] == pytest.approx(without["stage 2"], rel=1e-6, abs=0)
 
 
 def files(folder):

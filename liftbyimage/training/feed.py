@@ -21,6 +21,7 @@ from liftbyimage.data.source import ReadableRecords, Source
 from liftbyimage.models.pipeline import Lifter
 from liftbyimage.training.config import TrainingConfig
 from liftbyimage.training.prefetch import prefetch
+from liftbyimage.training.signals import leave_signals_to_the_trainer
 from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import Kept
 
@@ -93,7 +94,7 @@ def record_loader(source: Source, batches: Batches, config: TrainingConfig) -> D
         num_workers=config.workers,
         collate_fn=partial(_collate, size=source.size),
         generator=torch.Generator(),  # or it would draw from the global one
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_trainer,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )
@@ -111,13 +112,15 @@ def parts_from_records(
 
 
 def parts_from_cache(cache: Stage2Cache, batches: Batches, mirrored: Tensor, device: torch.device) -> Iterator[Part]:
+    """The next part is read from disk while the caller works on one."""
+
     def read(records: list[int]) -> Part:
         index = torch.tensor(records, dtype=torch.int64)
         kept, pose_3d = cache.batch(index, mirrored[index])
-        problems = [cache.problems[record] for record in records if record in cache.problems]
-        return Part(Kept(*(tensor.to(device) for tensor in kept)), pose_3d.to(device), problems)
+        return Part(kept, pose_3d, [cache.problems[record] for record in records if record in cache.problems])
 
-    return prefetch(read, batches)
+    for kept, pose_3d, problems in prefetch(read, batches):
+        yield Part(Kept(*(tensor.to(device) for tensor in kept)), pose_3d.to(device), problems)
 
 
 def _collate(records: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
@@ -136,11 +139,3 @@ def _collate(records: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, 
         "index": torch.empty(0, dtype=torch.int64),
         "problem": [],
     }
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the whole process group asks the trainer to stop after its step, for which it needs its records."""
-    import signal
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -30,6 +30,7 @@ from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source
 from liftbyimage.models import LiftByImage, Pipeline
 from liftbyimage.nn import FactoredPatches
 from liftbyimage.ops import keep_count
+from liftbyimage.training.signals import leave_signals_to_the_trainer
 from liftbyimage.training.stages import FocusedExploration, Kept
 
 FORMAT = "liftbyimage-stage2-cache-1"
@@ -90,12 +91,14 @@ class Stage2Cache:
 
     Attributes:
         problems: for each record that could not be read, by index, why; another record stands in for it.
+        row_bytes: what one sample takes on disk.
     """
 
     def __init__(self, layout: _Layout, dtype: torch.dtype) -> None:
         self._layout, self._dtype = layout, dtype
         self._maps: OrderedDict[int, np.memmap[Any, Any]] = OrderedDict()
         self.problems = _read_problems(layout)
+        self.row_bytes = layout.row.itemsize
 
     @classmethod
     def open(
@@ -335,8 +338,14 @@ def _compute(
     batches = {shard: [list(part) for part in _parts(layout.records_of(shard), batch_size)] for shard in shards}
     order = [batch for parts in batches.values() for batch in parts]
     # A generator of its own: the loader draws a seed, and the caller's random numbers must not depend on the cache.
-    own = torch.Generator()
-    records = iter(DataLoader(ReadableRecords(source), batch_sampler=order, num_workers=workers, generator=own))
+    loader = DataLoader(
+        ReadableRecords(source),
+        batch_sampler=order,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_the_trainer,
+        generator=torch.Generator(),
+    )
+    records = iter(loader)
 
     def write(shard: int, file: BinaryIO) -> None:
         problems: dict[int, str] = {}
