@@ -19,9 +19,9 @@ from liftbyimage.batches import Batch, make_batch, mirror
 from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.data.source import ReadableRecords, Source
 from liftbyimage.models.pipeline import Lifter
+from liftbyimage.reading import leave_signals_to_the_parent
 from liftbyimage.training.config import TrainingConfig
 from liftbyimage.training.prefetch import prefetch
-from liftbyimage.training.signals import leave_signals_to_the_trainer
 from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import Kept
 
@@ -94,7 +94,7 @@ def record_loader(source: Source, batches: Batches, config: TrainingConfig) -> D
         num_workers=config.workers,
         collate_fn=partial(_collate, size=source.size),
         generator=torch.Generator(),  # or it would draw from the global one
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_parent,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )

@@ -32,10 +32,3 @@ class StopRequest:
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """In a process that reads records: a signal to the whole process group asks the trainer to stop after what it is
-    at, for which it needs its records."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

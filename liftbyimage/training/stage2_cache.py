@@ -30,7 +30,7 @@ from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source
 from liftbyimage.models import LiftByImage, Pipeline
 from liftbyimage.nn import FactoredPatches
 from liftbyimage.ops import keep_count
-from liftbyimage.training.signals import leave_signals_to_the_trainer
+from liftbyimage.reading import leave_signals_to_the_parent
 from liftbyimage.training.stages import FocusedExploration, Kept
 
 FORMAT = "liftbyimage-stage2-cache-1"
@@ -342,7 +342,7 @@ def _compute(
         ReadableRecords(source),
         batch_sampler=order,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),
     )
     records = iter(loader)
