@@ -18,8 +18,10 @@ import torch.distributed
 import torch.multiprocessing
 import yaml
 from rich.console import Console
+from small_branches import SmallBranches
 from torch import Tensor, nn
 
+from liftbyimage import models
 from liftbyimage.data.synthetic import SyntheticPeople
 from liftbyimage.training import TrainingConfig, train
 from liftbyimage.training.distributed import SynchronisedBatchNorm2d, processes
@@ -35,6 +37,22 @@ SETTINGS = {
     "epochs": 2,
     "batch_size": 8,
     "learning_rate": 2e-4,  # Adam makes rounding errors of tiny gradients as large as this
+}
+LIFTERS: dict[str, dict[str, Any]] = {
+    # What guides patches in the last layer gets no gradient, for they are not read again.
+    "pose-guided last": {"lifter": {**SETTINGS["lifter"], "pose_guided_layer": 2, "dim": 64}},
+    "pose-only": {
+        "model": "pose-only",
+        "encoder": None,
+        "encoder_config": {},
+        "lifter": {"dim": 16, "heads": 2, "layers": 2, "dropout": 0.0},
+    },
+    "context-aware-poseformer": {
+        "model": "context-aware-poseformer",
+        "encoder": "small branches",
+        "encoder_config": {},
+        "lifter": {"dim": 16, "heads": 2, "context_heads": 2, "depth": 2, "drop_path": 0.0},
+    },
 }
 
 
@@ -88,9 +106,8 @@ def in_one_of_two(rank: int, folder: Path, port: int) -> None:
         found["sums"] = group.add_up([1.0, 10.0 * rank])
         found["gathered"] = group.gather(f"from {rank}")
         found["shared"] = group.share(f"from {rank}")
-    for name, settings in {
-        "last guides": {"lifter": {**SETTINGS["lifter"], "pose_guided_layer": 2, "dim": 64}}
-    }.items():
+    models.ENCODERS["small branches"] = SmallBranches
+    for name, settings in LIFTERS.items():
         config = TrainingConfig(**{**SETTINGS, **settings})
         found[name] = train(config, folder / name, source=people(9), console=quiet()).curves
     accumulated = TrainingConfig(**SETTINGS, accumulate=2)
@@ -158,13 +175,15 @@ def assert_same_losses(first: dict[str, Any], second: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(second["loss"][stage]), rtol=0, atol=1e-4)
 
 
-def test_parameters_without_a_gradient_do_not_stop_two_processes(
-    found: list[dict[str, Any]], folder: Path, tmp_path: Path
+@pytest.mark.parametrize("name", LIFTERS)
+def test_two_processes_train_every_lifter_as_one_does(
+    found: list[dict[str, Any]], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainingConfig(**{**SETTINGS, "lifter": {**SETTINGS["lifter"], "pose_guided_layer": 2, "dim": 64}})
+    monkeypatch.setitem(models.ENCODERS, "small branches", SmallBranches)
+    config = TrainingConfig(**{**SETTINGS, **LIFTERS[name]})
     alone = train(config, tmp_path, source=people(9), console=quiet()).curves
     for one in found:
-        assert_same_losses(one["last guides"], alone)
+        assert_same_losses(one[name], alone)
 
 
 def test_all_processes_stop_after_the_step_in_which_one_was_asked(found: list[dict[str, Any]], folder: Path) -> None:

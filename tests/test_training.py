@@ -19,8 +19,9 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from small_branches import SmallBranches
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import Tensor
 from typer.testing import CliRunner
 
 from liftbyimage import cli, models
@@ -46,20 +47,6 @@ TINY: dict[str, dict[str, Any]] = {
         "batch_size": 8,
     },
 }
-
-
-class SmallBranches(nn.Module):
-    """An encoder with the branches that a Context-Aware PoseFormer reads, as an HRNet has them."""
-
-    branch_channels = (4, 6)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3, width, 4 * 2**i, 4 * 2**i) for i, width in enumerate((4, 6)))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in self.branch_channels)
-
-    def branches(self, images: Tensor) -> list[Tensor]:
-        return [norm(conv(images)) for conv, norm in zip(self.convs, self.norms, strict=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -579,6 +566,22 @@ def test_pipelines_that_cannot_be_built_are_refused(
     model: str, settings: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     refused(text, lambda: build_pipeline(tiny(model, **settings), SIZE), error)
+
+
+def test_official_weights_start_the_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    official = models.HRNet(32, num_joints=2).state_dict()
+    path = tmp_path / "hrnet.pth"
+    torch.save(official, path)
+    config = TrainingConfig(model="context-aware-poseformer", encoder_weights=str(path), lifter={"dim": 16})
+    start = build_pipeline(config, SIZE)
+    assert (start.encoder, start.encoder_config) == ("hrnet-w32", {"num_joints": 2})
+    assert same(official, start.pipeline.encoder.state_dict()) == list(official)
+    assert start.pipeline.lifter.config.channels == (32, 64, 128, 256)
+    refused(
+        f"encoder weights {path} are of hrnet-w32, but TrainingConfig: encoder is 'tiny'",
+        lambda: build_pipeline(tiny(encoder_weights=str(path)), SIZE),
+    )
 
 
 def test_init_of_another_lifter_is_refused(tmp_path: Path) -> None:
