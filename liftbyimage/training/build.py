@@ -81,11 +81,11 @@ def _lifter(
     needed = _decided_by_the_encoder(config.model, encoder, crop_size)
     given = {**(init["lifter_config"] if init else {}), **config.lifter}
     for key, value in needed.items():
-        if list_of(given.get(key, value)) != list_of(value):
+        if _as_list(given.get(key, value)) != _as_list(value):
             height, width = crop_size
             raise ValueError(
-                f"TrainingConfig: lifter.{key} must be {list_of(value)} for this encoder and crops of {height}x{width} "
-                f"px, got {list_of(given[key])}"
+                f"TrainingConfig: lifter.{key} must be {_as_list(value)} for this encoder and crops of "
+                f"{height}x{width} px, got {_as_list(given[key])}"
             )
     return models.build(config.model, **{**given, **needed})
 
@@ -103,5 +103,5 @@ def _decided_by_the_encoder(model: str, encoder: nn.Module | None, crop_size: tu
     return {}
 
 
-def list_of(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
