@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -64,11 +65,19 @@ def read_batches(
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_the_parent,
     )
     for batch in loader:
         if strict and batch.problems:
             raise CorruptRecord(batch.problems[0].problem)
         yield batch
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """In a process that reads records: what is asked of a whole process group, to end or to be interrupted, its parent
+    answers, and may need its records until it has."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
