@@ -156,6 +156,51 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, protocol: 
     assert (tmp_path / "made").exists()
 
 
+class _Call:
+    """Pickles as a call of NumPy's, and what may follow it."""
+
+    def __init__(self, *reduced: object) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.reduced
+
+
+_EMPTY, _EMPTY_ARGUMENTS, _STATE = np.zeros(1).__reduce__()
+_POINTER = b"\x41" * 8
+
+
+@pytest.mark.parametrize(
+    ("value", "asks_for"),
+    [
+        (np.array([{}], dtype=object), "an array of dtype 'O8'"),
+        (_Call(np.frombuffer(b"", "u1").__reduce_ex__(5)[0], (_POINTER, np.dtype("O"), (1,), "C")), "dtype 'O8'"),
+        (_Call(_EMPTY, _EMPTY_ARGUMENTS, (1, (1,), np.dtype("O"), False, _POINTER)), "an array of dtype 'O8'"),
+        (_Call(_EMPTY, _EMPTY_ARGUMENTS, (1, (1,), np.dtype("i8,O"), False, 2 * _POINTER)), "an array of dtype 'V16'"),
+        (_Call(_EMPTY, _EMPTY_ARGUMENTS, (1, (1,), "O", False, _POINTER)), "an array of dtype 'O'"),
+        (_Call(_EMPTY, (list, (0,), b"b")), "builtins.list"),
+        (_Call(_EMPTY, ("list", (0,), b"b")), "an array of kind 'list'"),
+    ],
+)
+def test_bytes_never_become_pointers(tmp_path: Path, value: object, asks_for: str) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({"R": value}, 4))
+    assert _refusal(lambda: load_plain_pickle(path)).endswith(asks_for)
+    path.write_bytes(pickle.dumps(_Call(np.ndarray, ((1,), np.dtype("f8"), _POINTER)), 4))
+    assert _refusal(lambda: load_plain_pickle(path)).startswith(f"{path}: not a pickle that can be read (")
+
+
+@pytest.mark.parametrize("array", [np.arange(6, dtype=">i2").reshape(2, 3).T, np.array(["a", "bé"]), np.array([True])])
+def test_plain_arrays_of_every_kind_come_back(tmp_path: Path, array: np.ndarray) -> None:
+    path = tmp_path / "a.pkl"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path.write_bytes(pickle.dumps([array, array[(0,) * array.ndim]], protocol))
+        expected, _ = pickle.loads(path.read_bytes())
+        found, scalar = load_plain_pickle(path)
+        np.testing.assert_array_equal(found, array)
+        assert found.dtype == expected.dtype and scalar == array[(0,) * array.ndim]
+
+
 def test_a_broken_pickle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     assert _refusal(lambda: load_plain_pickle(path)) == f"{path}: no such file"
