@@ -261,7 +261,10 @@ def _settings(pairs: list[str]) -> dict[str, object]:
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {pair}: no readable YAML: {' '.join(str(error).split())}") from None
     return settings
 
 
@@ -328,6 +331,7 @@ def lift_all(
     device: _Device = "auto",
     precision: _Precision = "float32",
     flip_test: _FlipTest = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")] = False,
 ) -> None:
     """Lift every record of a source into shards, on one machine or many."""
     console = Console()
@@ -353,6 +357,7 @@ def lift_all(
                 batch_size=batch_size,
                 workers=workers,
                 part=(int(machine), int(machines)),
+                strict=strict,
                 on_batch=advance,
             )
         text = f"{out}: {lifted.done} shards lifted, {lifted.present} already there, {lifted.others} left to others."

@@ -125,6 +125,7 @@ def lift_all(
     batch_size: int = 32,
     workers: int = 0,
     part: tuple[int, int] = (0, 1),
+    strict: bool = False,
     on_batch: Callable[[int, int], object] | None = None,
 ) -> Lifted:
     """Lift every record of a source into `OUT/shard-00000-of-00100.npz`, …
@@ -140,11 +141,13 @@ def lift_all(
         batch_size: records per pass; it changes nothing but rounding.
         workers: processes that read records.
         part: (k, n), of n machines the k-th from 0: it writes the shards k, k + n, k + 2 n, …
+        strict: raise for a record that cannot be read, instead of keeping its place with NaN.
         on_batch: called after each batch with the number of its records and that of all to be lifted here.
 
     Raises:
         TypeError, ValueError: options of another kind than said, a source without records, a folder that holds shards
             of another run, or what `lifter` refuses.
+        CorruptRecord: with `strict`, a record that cannot be read; the shards before its own are there.
     """
     if not isinstance(lifter, BatchLifter):
         raise TypeError(f"lift_all: lifter must be a BatchLifter, got {type(lifter).__name__}")
@@ -165,7 +168,7 @@ def lift_all(
     ]
     batches = [batch for shard in shards for batch in shard]
     total, problems = sum(map(len, batches)), 0
-    reading = read_batches(source, batches, workers)
+    reading = read_batches(source, batches, workers, strict)
     for number, shard in zip(pending, shards, strict=True):
         parts = []
         for indices in shard:

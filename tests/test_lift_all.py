@@ -135,6 +135,12 @@ def test_records_that_cannot_be_read_keep_their_place(saved: Path, tmp_path: Pat
     assert (shards["group"][list(corrupt)] == -1).all()
 
 
+def test_strict_stops_at_the_first_record_that_cannot_be_read(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CorruptRecord, match=r"^image 5\.jpg: not an image that OpenCV can read$"):
+        _lift(FewPeople(COUNT, corrupt=(5, 6)), tmp_path, saved, strict=True)
+    assert sorted(_files(tmp_path)) == ["shard-00000-of-00003.npz", "source.json"]
+
+
 def test_nothing_is_half_written_when_a_run_breaks_off(saved: Path, tmp_path: Path) -> None:
     class Torn(FewPeople):
         def __getitem__(self, index: int) -> dict[str, Any]:
