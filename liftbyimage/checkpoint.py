@@ -153,6 +153,8 @@ def load_pipeline(
         raise ValueError(f"checkpoint {path}: lifter_config does not fit {name}: {error}") from error
     load_state(lifter, contents["lifter_state"], f"checkpoint {path}: lifter")
     if lifter.reads is None:
+        if encoder_weights is not None:
+            raise ValueError(f"checkpoint {path}: a {name} reads no image and takes no encoder weights")
         return models.Pipeline(None, lifter).eval()  # type: ignore[arg-type]
     if encoder_weights is not None:
         encoder: nn.Module = _official_encoder(encoder_weights, contents["encoder"], path)

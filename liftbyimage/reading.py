@@ -83,3 +83,10 @@ def leave_signals_to_the_parent(worker: int) -> None:
 def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     """`indices` cut into pieces of `batch_size`, the last one shorter."""
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+
+def spread(count: int, limit: int | None) -> range | list[int]:
+    """`limit` numbers below `count`, evenly spread; all of them without a limit."""
+    if limit is None or limit >= count:
+        return range(count)
+    return [number * count // limit for number in range(limit)]

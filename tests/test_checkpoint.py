@@ -264,3 +264,12 @@ def test_model_that_does_not_exist(saved: Path) -> None:
         match="^load_pipeline: model must be one of lift-by-image, context-aware-poseformer, pose-only, got 'capf'$",
     ):
         checkpoint.load_pipeline(saved, model="capf")
+
+
+def test_encoder_weights_for_a_lifter_without_an_encoder_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pose.pt"
+    pose_only = models.Pipeline(None, models.build("pose-only", dim=16, heads=2, layers=1))
+    checkpoint.save_pipeline(pose_only, path, encoder=None)
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_pipeline(path, tmp_path / "none.pth")
+    assert str(error.value) == f"checkpoint {path}: a pose-only reads no image and takes no encoder weights"

@@ -351,6 +351,7 @@ def test_command_refuses(saved: Path, tmp_path: Path) -> None:
     for message, arguments in {
         f"checkpoint {missing}: no such file": (missing, "--data", "synthetic,count=2"),
         "measure: device must be auto, cpu or cuda, got 'tpu'": (saved, "--data", "synthetic", "--device", "tpu"),
+        f"--json {tmp_path}: expected a file, got a folder": (saved, "--data", "synthetic", "--json", tmp_path),
     }.items():
         result = _run(*arguments)
         assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {message}\n")

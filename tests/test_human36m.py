@@ -129,6 +129,9 @@ def test_subjects_split_train_from_test(root: Path) -> None:
     assert taken(split="test", subjects="S11+S9") == {"S9", "S11"}
     assert len(Human36M(root, split="test", subjects="S9")) == 4
     assert _refusal(lambda: Human36M(root, subjects="S1+S9")) == "subjects must be some of S1, S5, S6, S7, S8, got S9"
+    assert (
+        _refusal(lambda: Human36M(root, subjects=9)) == "subjects must be some of S1, S5, S6, S7, S8, got 9"
+    )  # of a line
     assert _refusal(lambda: Human36M(root, subjects=[])) == "subjects must be some of S1, S5, S6, S7, S8, got none"
     file = root / "annotation_body3d" / "fps10" / "h36m_train.npz"
     assert _refusal(lambda: Human36M(root, subjects="S7+S8")) == f"{file}: no rows of subjects S7, S8"

@@ -185,7 +185,8 @@ class ConvertedPeople(Source):
 
 def chosen_names(option: str, given: str | Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
     """Names out of `known`, in its order: those of a list or of a text such as "S9+S11"; None is all."""
-    names = known if given is None else given.split("+") if isinstance(given, str) else list(given)
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    names = known if given is None else list(given) if several else str(given).split("+")
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"{option} must be some of {', '.join(known)}, got {', '.join(map(str, unknown)) or 'none'}")

@@ -27,6 +27,17 @@ class PoseOnlyConfig:
     layers: int = 8
     num_joints: int = 17
 
+    def __post_init__(self) -> None:
+        for name in ("dim", "heads", "layers", "num_joints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"PoseOnlyConfig: {name} must be >= 1, got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"PoseOnlyConfig: dim must be a multiple of heads, got {self.dim} and {self.heads}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"PoseOnlyConfig: mlp_ratio must be more than 0, got {self.mlp_ratio}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"PoseOnlyConfig: dropout must be in [0, 1), got {self.dropout}")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
