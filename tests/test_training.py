@@ -30,6 +30,7 @@ from liftbyimage.checkpoint import load_pipeline, save_pipeline
 from liftbyimage.data.source import CorruptRecord, Source
 from liftbyimage.data.synthetic import SyntheticPeople
 from liftbyimage.evaluate import evaluate
+from liftbyimage.metrics import mpjpe
 from liftbyimage.training import Trained, TrainingConfig, train
 from liftbyimage.training.build import build_pipeline
 from liftbyimage.training.feed import mirrored_records
@@ -57,9 +58,11 @@ def small_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 class People(Source):
     """Records of another source, kept in memory, some of them corrupt or changed."""
 
-    def __init__(self, source: Source, corrupt: tuple[int, ...] = (), without: str = "") -> None:
+    def __init__(
+        self, source: Source, corrupt: tuple[int, ...] = (), without: str = "", count: int | None = None
+    ) -> None:
         self.groups, self.size, self.description = source.groups, source.size, source.description
-        self.records = [source[index] for index in range(len(source))]
+        self.records = [source[index] for index in range(len(source))][:count]
         self.corrupt, self.without = corrupt, without
 
     def __len__(self) -> int:
@@ -249,6 +252,34 @@ def test_every_lifter_goes_on_after_a_crash(
     assert len(losses(curves(tmp_path / "crashed"))) == 4
     assert run(config, tmp_path / "crashed", people).finished
     assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_validation_may_take_some_records_all_over_the_source(people: Source, others: Source, tmp_path: Path) -> None:
+    config = tiny("pose-only", epochs=1, limit_validation=3)
+    [errors] = run(config, tmp_path, people, validation=others).curves["validation"]
+    expected = evaluate(load_pipeline(tmp_path / "model.pt"), others, indices=[0, 2, 4])
+    assert errors["mpjpe_mm"] == pytest.approx(expected["mpjpe_mm"], rel=1e-9)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_validation_is_broken_off_and_done_again(
+    whole: Path, people: Source, others: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    class Asking(People):
+        """Asks to stop in a validation."""
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            asked.append(index)
+            if len(asked) == 1 + len(self) * number:  # the first reading only looks whether there are poses
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    asked: list[int] = []
+    stopped = run(tiny(), tmp_path, people, validation=Asking(others))
+    assert not stopped.finished
+    assert (len(losses(stopped.curves)), len(stopped.curves["validation"])) == (3 * number, number - 1)
+    assert run(tiny(), tmp_path, people, validation=others).finished
+    assert_same_run(whole, tmp_path)
 
 
 def test_what_others_draw_at_random_changes_nothing(
@@ -450,6 +481,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert torch.load(tmp_path / "last.pt", weights_only=True)["place"] == {"stage": 0, "epoch": 0, "step": 3}
 
 
+def test_weights_that_are_not_finite_are_not_saved(
+    people: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss may have a gradient that is not."""
+
+    def spoil(trainer: Trainer) -> None:
+        head = trainer.pipeline.lifter.head.bias
+        head.register_hook(lambda gradient: gradient * float("nan"))
+
+    in_step(monkeypatch, 6, spoil)  # the last one of its epoch, which is saved
+    message = f"lifter, epoch 2, step 3: the weights are not finite; {tmp_path / 'last.pt'} stays as it was before"
+    refused(message, lambda: run(tiny("pose-only"), tmp_path, people))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["place"] == {"stage": 0, "epoch": 0, "step": 3}
+
+
 def refused(text: str, act: Callable[[], object], error: type[Exception] = ValueError) -> None:
     with pytest.raises(error) as caught:
         act()
@@ -482,6 +528,10 @@ def test_another_run_in_the_folder_is_refused(people: Source, others: Source, tm
 
 def test_sources_that_do_not_serve_are_refused(people: Source, others: Source, tmp_path: Path) -> None:
     refused("TrainingConfig: data must name a source, got None", lambda: train(tiny("pose-only"), tmp_path))
+    refused(
+        "TrainingConfig: data must have records, got none",
+        lambda: run(tiny("pose-only", data="synthetic"), tmp_path, People(people, count=0)),
+    )
     refused(
         "TrainingConfig: validate must have true poses (pose_3d), got records without",
         lambda: run(tiny("pose-only"), tmp_path, people, validation=People(others, without="pose_3d")),
@@ -559,6 +609,16 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], error: t
             ValueError,
             "TrainingConfig: encoder_weights must be None, for a pose-only reads no image",
         ),
+        ("pose-only", {"lifter": {"heads": 0}}, ValueError, "PoseOnlyConfig: heads must be >= 1, got 0"),
+        ("pose-only", {"lifter": {"layers": 0}}, ValueError, "PoseOnlyConfig: layers must be >= 1, got 0"),
+        ("pose-only", {"lifter": {"dropout": 2}}, ValueError, "PoseOnlyConfig: dropout must be in [0, 1), got 2"),
+        ("pose-only", {"lifter": {"mlp_ratio": 0}}, ValueError, "PoseOnlyConfig: mlp_ratio must be more than 0, got 0"),
+        (
+            "pose-only",
+            {"lifter": {"dim": 16, "heads": 3}},
+            ValueError,
+            "PoseOnlyConfig: dim must be a multiple of heads, got 16 and 3",
+        ),
         ("lift-by-image", {"init": "no.pt"}, ValueError, "checkpoint no.pt: no such file"),
     ],
 )
@@ -581,6 +641,31 @@ def test_official_weights_start_the_encoder(tmp_path: Path) -> None:
     refused(
         f"encoder weights {path} are of hrnet-w32, but TrainingConfig: encoder is 'tiny'",
         lambda: build_pipeline(tiny(encoder_weights=str(path)), SIZE),
+    )
+
+
+def test_an_encoder_that_nobody_trains_or_gives_is_told(people: Source, tmp_path: Path) -> None:
+    console = quiet()
+    run(tiny("context-aware-poseformer", epochs=1), tmp_path / "new", people, console=console)
+    warning = (
+        "warning: a context-aware-poseformer never trains its encoder, and this one has random weights; "
+        "encoder_weights gives it others\n"
+    )
+    assert console.file.getvalue().startswith(warning)
+    init = str(tmp_path / "new" / "model.pt")
+    console = quiet()
+    settings = {"init": init, "encoder": None, "epochs": 1}
+    run(tiny("context-aware-poseformer", **settings), tmp_path / "next", people, console=console)
+    assert "warning" not in console.file.getvalue()
+
+
+def test_init_without_an_encoder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lifter.pt"
+    start = build_pipeline(tiny(), SIZE)
+    save_pipeline(start.pipeline, path, encoder="tiny", encoder_config={"channels": 8}, with_encoder=False)
+    refused(
+        f"TrainingConfig: init {path} holds no encoder weights, encoder_weights must give them",
+        lambda: build_pipeline(TrainingConfig(init=str(path)), SIZE),
     )
 
 
@@ -653,6 +738,11 @@ def test_the_command_trains_by_flags(tmp_path: Path) -> None:
     ("arguments", "text"),
     [
         (["--set", "dim"], "--set must be KEY=VALUE, got 'dim'"),
+        (
+            ["--set", "lifter=*a"],
+            "--set lifter=*a: no readable YAML: "
+            "found undefined alias 'a' in \"<unicode string>\", line 1, column 1: *a ^",
+        ),
         (["--config", "no.yaml"], "--config no.yaml: no such file"),
         (["--model", "pose-only"], "TrainingConfig: data must name a source, got None"),
         (
@@ -692,6 +782,27 @@ def test_tensorboard_draws_every_point_once(
         [point["mpjpe_mm"] for point in curves(tmp_path)["validation"]]
     )
     assert [picture.step for picture in drawn.Images("validation/0")] == [3, 6, 9, 12]
+    run(config, tmp_path, people, validation=others)  # finished already
+    again = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert again.Scalars("validation/mpjpe_mm") == errors
+
+
+def test_pictures_of_stage_1_show_the_pose_that_is_trained(
+    people: Source, others: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[bool, float]] = []
+
+    def draw(*arrays: Any, coarse_pose_3d: Tensor | None, truth_3d: Any) -> Any:
+        drawn.append((coarse_pose_3d is not None, float(mpjpe(arrays[-1], torch.as_tensor(truth_3d)))))
+        return draw_nothing()
+
+    draw_nothing = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr("liftbyimage.draw.picture_of_person", draw)
+    trained = run(tiny(pictures=6, epochs=1), tmp_path, people, validation=others)
+    assert [coarse for coarse, _ in drawn] == [False] * 6 + [True] * 6
+    for number, point in enumerate(trained.curves["validation"]):
+        errors = [error for _, error in drawn[6 * number :][:6]]
+        assert 1000 * sum(errors) / 6 == pytest.approx(point["mpjpe_mm"], rel=1e-5)
 
 
 def test_without_tensorboard_it_says_so_and_trains(

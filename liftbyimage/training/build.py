@@ -27,6 +27,7 @@ class Start:
     pipeline: Pipeline
     encoder: str | None
     encoder_config: dict[str, Any]
+    encoder_is_new: bool  # its weights are random
 
 
 def build_pipeline(config: TrainingConfig, crop_size: tuple[int, int]) -> Start:
@@ -45,7 +46,8 @@ def build_pipeline(config: TrainingConfig, crop_size: tuple[int, int]) -> Start:
         lifter = _lifter(config, init, encoder, crop_size)
     if init is not None:
         load_state(lifter, init["lifter_state"], f"init {config.init}: lifter")
-    return Start(Pipeline(encoder, lifter), name, encoder_config)
+    encoder_is_new = encoder is not None and init is None and config.encoder_weights is None
+    return Start(Pipeline(encoder, lifter), name, encoder_config, encoder_is_new)
 
 
 def _encoder(
@@ -69,7 +71,11 @@ def _encoder(
         built = models.build_encoder(name, **settings)
     except TypeError as error:
         raise ValueError(f"TrainingConfig: encoder_config does not fit {name}: {error}") from None
-    if init is not None and init["encoder_state"] is not None:
+    if init is not None:
+        if init["encoder_state"] is None:
+            raise ValueError(
+                f"TrainingConfig: init {config.init} holds no encoder weights, encoder_weights must give them"
+            )
         load_state(built, init["encoder_state"], f"init {config.init}: encoder")
     return built, name, dict(settings)
 

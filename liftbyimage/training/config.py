@@ -96,7 +96,7 @@ class TrainingConfig:
         cache: folder for what stage 2 starts from, computed once; None: computed again every epoch.
         save_every_minutes: between two writings of last.pt within an epoch.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
-        limit_validation: validate on the first so many records; None: on all.
+        limit_validation: validate on so many records, evenly spread; None: on all.
         pictures: how many of them to draw for TensorBoard after every validation, half a second each.
 
     Raises:

@@ -19,6 +19,7 @@ from liftbyimage.models import Pipeline
 from liftbyimage.ops import keep_count
 from liftbyimage.predict import predict
 from liftbyimage.training.distributed import Processes
+from liftbyimage.training.stages import Stage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,18 +105,21 @@ class Log:
         if self.bar is not None:
             self.bar.remove_task(self.task)
 
-    def validated(self, step: int, errors: Mapping[str, float], pipeline: Pipeline, source: Source) -> None:
+    def validated(
+        self, step: int, errors: Mapping[str, float], stage: Stage, pipeline: Pipeline, source: Source
+    ) -> None:
         self.say("  validation: " + ", ".join(f"{name} {value:.1f}" for name, value in errors.items()))
         if self.board is None:
             return
         for name, value in errors.items():
             self.board.add_scalar(f"validation/{name}", value, step)
-        for number, figure in enumerate(draw_people(pipeline, source, self.pictures, self.group.device)):
+        for number, figure in enumerate(draw_people(pipeline, stage, source, self.pictures, self.group.device)):
             self.board.add_figure(f"validation/{number}", figure, step)
 
 
-def draw_people(pipeline: Pipeline, source: Source, count: int, device: torch.device) -> Iterator[Figure]:
-    """Drawings of `count` lifted people of `source`, always the same, from its beginning to its end."""
+def draw_people(pipeline: Pipeline, stage: Stage, source: Source, count: int, device: torch.device) -> Iterator[Figure]:
+    """Drawings of `count` lifted people of `source`, always the same, from its beginning to its end; in stage 1 of the
+    coarse pose alone, for nobody has trained the refined one."""
     from liftbyimage.draw import picture_of_person  # matplotlib takes long to import
 
     readable = ReadableRecords(source)
@@ -125,6 +129,9 @@ def draw_people(pipeline: Pipeline, source: Source, count: int, device: torch.de
         record = readable[number * len(source) // count]
         inputs = {name: torch.as_tensor(record[name])[None] for name in INPUTS}
         lifted = predict(pipeline, make_batch(pipeline.lifter, inputs, device))
+        pose, coarse = lifted.pose_3d, lifted.coarse_pose_3d
+        if stage.measured and coarse is not None:
+            pose, coarse = coarse, None
         patches = (None, None, None)
         if lifted.importance is not None:
             importance, config = lifted.importance[0].cpu(), pipeline.lifter.config
@@ -134,7 +141,7 @@ def draw_people(pipeline: Pipeline, source: Source, count: int, device: torch.de
             np.asarray(record["image"]),
             apply_affine(record["crop_matrix"], record["keypoints"]),
             *patches,
-            lifted.pose_3d[0].cpu(),
-            coarse_pose_3d=None if lifted.coarse_pose_3d is None else lifted.coarse_pose_3d[0].cpu(),
+            pose[0].cpu(),
+            coarse_pose_3d=None if coarse is None else coarse[0].cpu(),
             truth_3d=record["pose_3d"],
         )

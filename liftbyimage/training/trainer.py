@@ -113,7 +113,8 @@ def train(
         ValueError: a source without true poses, settings that do not fit, `last.pt` of another run, a loss that is not
             finite, or, with `config.strict`, a record that cannot be read.
     """
-    source = source or _open(config.data, "data")
+    if source is None:
+        source = _open(config.data, "data")
     if validation is None and config.validate is not None:
         validation = _open(config.validate, "validate")
     with processes(config.device, config.precision) as group, StopRequest() as stop:
@@ -168,6 +169,11 @@ class Trainer:
         self.restored: dict[str, Any] | None = None  # of last.pt, until the stage it was written in has taken it
         self.saved_at = time.monotonic()
         self.log = Log(out, group, config.pictures, console)
+        if start.encoder_is_new and self.pipeline.lifter.encoder_is_frozen:
+            self.log.say(
+                f"warning: a {config.model} never trains its encoder, and this one has random weights; "
+                "encoder_weights gives it others"
+            )
 
     def run(self, resume: bool) -> Trained:
         if resume:
@@ -177,12 +183,18 @@ class Trainer:
                 (self.out / name).unlink(missing_ok=True)
         if self.group.first:
             self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
-        with self.log.open(self._global_step()):
-            finished = all(self._run_stage(number) for number in range(self.place.stage, len(self.stages)))
-            if finished:
-                self._save_pipeline(MODEL, self.pipeline)
-                self._save(None)
+        finished = self._run_stages()
+        if finished:
+            self._save_pipeline(MODEL, self.pipeline)
+            self._save(None)
         return Trained(finished, self.curves, self.best)
+
+    def _run_stages(self) -> bool:
+        """False if the run was asked to stop."""
+        if self.place.stage == len(self.stages):  # opened once more, TensorBoard would forget the last validation
+            return True
+        with self.log.open(self._global_step()):
+            return all(self._run_stage(number) for number in range(self.place.stage, len(self.stages)))
 
     def _run_stage(self, number: int) -> bool:
         """False if the run was asked to stop."""
@@ -190,9 +202,8 @@ class Trainer:
             work = self._begin_stage(number)
             feed = self._feed(work)
             while self.place.epoch < work.epochs:
-                if not self._run_epoch(work, feed):
+                if not (self._run_epoch(work, feed) and self._validate(work)):
                     return False
-                self._validate(work)
                 self.place = Place(number, self.place.epoch + 1)
             if work.average is not None:  # what was validated is what the next stage builds on
                 self.pipeline.load_state_dict(work.average.module.state_dict())
@@ -280,10 +291,7 @@ class Trainer:
             problems += self._tell(part.problems)
         loss, problems, stopping = group.add_up([loss / samples, problems, self.stop.requested])
         if not math.isfinite(loss):
-            raise ValueError(
-                f"{work.stage.name}, epoch {place.epoch + 1}, step {place.step + 1}: the loss is {loss}; "
-                f"{self.out / LAST} stays as it was before"
-            )
+            raise self._broken(work, place.step + 1, f"the loss is {loss}")
         if config.clip_norm is not None:
             self.scaler.unscale_(work.optimiser)
             nn.utils.clip_grad_norm_(work.parameters, config.clip_norm)
@@ -302,19 +310,23 @@ class Trainer:
         self.log.problems(problems)
         return len(problems)
 
-    def _validate(self, work: StageWork) -> None:
-        """Measure the epoch's weights, and keep them if they are the best of the last stage."""
+    def _validate(self, work: StageWork) -> bool:
+        """Measure the epoch's weights, and keep them if they are the best of the last stage; False if the run was asked
+        to stop meanwhile: last.pt stands before the validation, which is then done again."""
         if self.validation is None:
-            return
+            return True
         pipeline = self.pipeline if work.average is None else work.average.module
-        errors = validate(pipeline, work.stage, self.validation, self.config, self.group)
+        errors = validate(pipeline, work.stage, self.validation, self.config, self.group, self.stop)
+        if errors is None:
+            return False
         where = {"stage": work.stage.name, "epoch": self.place.epoch + 1, "step": self._global_step()}
         self.curves["validation"].append({**where, **errors})
         self._write_curves()
-        self.log.validated(self._global_step(), errors, pipeline, self.validation)
+        self.log.validated(self._global_step(), errors, work.stage, pipeline, self.validation)
         if work.stage is self.stages[-1] and (self.best is None or errors["mpjpe_mm"] < self.best):
             self.best = errors["mpjpe_mm"]
             self._save_pipeline(BEST, pipeline)
+        return True
 
     def _global_step(self) -> int:
         """How many steps are done in all stages: where curves stand."""
@@ -324,8 +336,20 @@ class Trainer:
     def _saving_is_due(self) -> bool:
         return time.monotonic() - self.saved_at >= 60 * self.config.save_every_minutes
 
+    def _broken(self, work: StageWork, step: int, what: str) -> ValueError:
+        return ValueError(
+            f"{work.stage.name}, epoch {self.place.epoch + 1}, step {step}: {what}; "
+            f"{self.out / LAST} stays as it was before"
+        )
+
     def _save(self, work: StageWork | None) -> None:
-        """Write last.pt: all that continues the run from its place."""
+        """Write last.pt: all that continues the run from its place.
+
+        Raises:
+            ValueError: the weights are not finite, as the gradient of a finite loss may make them.
+        """
+        if work is not None and not all(parameter.isfinite().all() for parameter in work.parameters):
+            raise self._broken(work, self.place.step, "the weights are not finite")
         self.saved_at = time.monotonic()
         if not self.group.first:
             return
@@ -361,7 +385,10 @@ class Trainer:
         self.place = Place(**state["place"])
         self.curves, self.best = state["curves"], state["best"]
         self.restored = state if state["optimiser"] is not None else None
-        self.log.say(f"Continuing {path} at step {self._global_step()}.")
+        finished = self.place.stage == len(self.stages)
+        self.log.say(
+            f"{path} holds this run, finished." if finished else f"Continuing {path} at step {self._global_step()}."
+        )
 
     def _save_pipeline(self, name: str, pipeline: Pipeline) -> None:
         if self.group.first:
@@ -377,6 +404,8 @@ class Trainer:
 
 def _check_records(source: Source, validation: Source | None) -> None:
     for key, one in {"data": source, "validate": validation}.items():
+        if one is not None and not len(one):
+            raise ValueError(f"TrainingConfig: {key} must have records, got none")
         if one is not None and "pose_3d" not in ReadableRecords(one)[0]:
             raise ValueError(f"TrainingConfig: {key} must have true poses (pose_3d), got records without")
     if validation is not None and tuple(validation.size) != tuple(source.size):
