@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -43,6 +45,18 @@ def chosen_device(function: str, device: str | torch.device, precision: str = "f
     if chosen.type == "cpu" and precision == "float16":
         raise ValueError(f"{function}: precision float16 needs a GPU, got device 'cpu'; bfloat16 serves there")
     return chosen
+
+
+@contextmanager
+def evaluating(pipeline: Pipeline) -> Iterator[None]:
+    """Evaluation mode, and afterwards every module's own again."""
+    modes = {module: module.training for module in pipeline.modules()}
+    pipeline.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.no_grad()

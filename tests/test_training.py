@@ -554,6 +554,7 @@ def test_sources_that_do_not_serve_are_refused(people: Source, others: Source, t
         ({"epochs": "many"}, TypeError, "TrainingConfig: epochs must be an int or None, got 'many'"),
         ({"epochs": True}, TypeError, "TrainingConfig: epochs must be an int or None, got True"),
         ({"epochs": -1}, ValueError, "TrainingConfig: epochs must be >= 0, got -1"),
+        ({"seed": 2**63}, ValueError, "TrainingConfig: seed must be < 2**63, got 9223372036854775808"),
         ({"learning_rate": 0}, ValueError, "TrainingConfig: learning_rate must be > 0, got 0"),
         ({"clip_norm": float("inf")}, ValueError, "TrainingConfig: clip_norm must be > 0, got inf"),
         ({"ema": 1.5}, ValueError, "TrainingConfig: ema must be between 0 and 1, got 1.5"),

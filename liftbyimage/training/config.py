@@ -150,6 +150,8 @@ class TrainingConfig:
             self._check_range(key, ">=", least, lambda value, least: value >= least)
         for key, bound in _MORE_THAN.items():
             self._check_range(key, ">", bound, lambda value, bound: value > bound)
+        if self.seed >= 2**63:
+            raise ValueError(f"TrainingConfig: seed must be < 2**63, got {self.seed}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"TrainingConfig: ema must be between 0 and 1, got {self.ema}")
         if self.encoder is not None and self.encoder not in models.ENCODERS:

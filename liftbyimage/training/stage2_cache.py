@@ -14,7 +14,6 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +29,7 @@ from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source
 from liftbyimage.models import LiftByImage, Pipeline
 from liftbyimage.nn import FactoredPatches
 from liftbyimage.ops import keep_count
+from liftbyimage.predict import evaluating
 from liftbyimage.reading import leave_signals_to_the_parent
 from liftbyimage.training.stages import FocusedExploration, Kept
 
@@ -144,7 +144,7 @@ class Stage2Cache:
         _check_room(layout, missing)
         write_atomically(layout.folder / "key.json", lambda file: file.write(json.dumps(key, indent=1).encode()))
         mine = [shard for shard in missing if shard % world == rank]
-        with _evaluating(pipeline), torch.no_grad():
+        with evaluating(pipeline), torch.no_grad():
             _compute(layout, mine, pipeline, source, batch_size, workers, device, dtype, strict)
         if world > 1 and distributed.is_initialized():
             distributed.barrier()
@@ -307,18 +307,6 @@ def _check_room(layout: _Layout, shards: list[int]) -> None:
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if needed > free:
         raise ValueError(f"cache: {layout.folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free")
-
-
-@contextmanager
-def _evaluating(pipeline: Pipeline) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own again."""
-    modes = [(module, module.training) for module in pipeline.modules()]
-    pipeline.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _compute(
