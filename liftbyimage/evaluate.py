@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from liftbyimage import metrics
-from liftbyimage.batches import make_batch
+from liftbyimage.batches import check_crop_size, make_batch
 from liftbyimage.data.crop import apply_affine
 from liftbyimage.data.skeleton import JOINT_NAMES
-from liftbyimage.data.source import Source
+from liftbyimage.data.source import Source, check_source
 from liftbyimage.lift import check_batch_size
 from liftbyimage.models import Pipeline
 from liftbyimage.predict import Prediction, chosen_device, evaluating, predict
@@ -130,6 +130,8 @@ def measure(
     """
     check_batch_size("measure", batch_size)
     device = chosen_device("measure", device, precision)
+    check_source("measure: source", source)
+    check_crop_size("measure: records", pipeline, source.size)
     indices = range(len(source)) if indices is None else _checked(indices, len(source))
     joints = getattr(source, "evaluated_joints", None)
     parts, skipped = [], []

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from liftbyimage._files import sha256_of, write_atomically
-from liftbyimage.batches import make_batch
+from liftbyimage._files import differences, sha256_of, write_atomically
+from liftbyimage.batches import check_crop_size, make_batch
 from liftbyimage.checkpoint import load_pipeline
-from liftbyimage.data.source import Source
+from liftbyimage.data.source import Source, check_source
 from liftbyimage.lift import check_batch_size
 from liftbyimage.models import Pipeline
 from liftbyimage.predict import chosen_device, predict
@@ -156,7 +156,8 @@ def lift_all(
     machine, machines = _checked_part(part)
     if not len(source):
         raise ValueError("lift_all: source must have records, got none")
-    lifter.load()
+    check_source("lift_all: source", source)
+    check_crop_size("lift_all: records", lifter.load()[0], source.size)
     out = Path(out)
     _claim(out, _run(source, lifter, shard_size))
     names = _shard_names(len(source), shard_size)
@@ -251,13 +252,9 @@ def _claim(out: Path, run: dict[str, Any]) -> None:
             raise ValueError(f"out {out}: holds shards but no {RUN_FILE} that says of what; choose another folder")
         text = json.dumps(run, indent=1, ensure_ascii=False) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
-    there = _read_run(out)
-    for name, value in run.items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"out {out}: holds shards of another run, whose {name} is {there.get(name)!r} and not {value!r}; "
-                "choose another folder"
-            )
+    other = differences(_read_run(out), run)
+    if other:
+        raise ValueError(f"out {out}: holds shards of another run ({other}); choose another folder or delete that one")
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

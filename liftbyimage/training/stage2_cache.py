@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
-from liftbyimage._files import write_atomically
+from liftbyimage._files import differences, write_atomically
 from liftbyimage.batches import Batch, make_batch, mirror
 from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source
 from liftbyimage.models import LiftByImage, Pipeline
@@ -276,29 +276,11 @@ def _check_key(layout: _Layout, key: Mapping[str, Any]) -> None:
         found = json.loads(path.read_text())
     except ValueError:
         raise ValueError(f"cache: {path} is not the key.json of a cache") from None
-    there, here = _flat(found), _flat(key)
-    names = [name for name in dict.fromkeys((*here, *there)) if here.get(name) != there.get(name)]
-    if names:
-        differences = "; ".join(f"{name}: {_short(there, name)} there, {_short(here, name)} here" for name in names)
+    other = differences(found, key)
+    if other:
         raise ValueError(
-            f"cache: {folder} was made of something else ({differences}); name another folder or delete that one"
+            f"cache: {folder} was made of something else ({other}); name another folder or delete that one"
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings with dotted names."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for name, part in value.items():
-        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
-    return flat
-
-
-def _short(values: Mapping[str, Any], name: str) -> str:
-    if name not in values:
-        return "absent"
-    return str(values[name])[:12] if name == "weights" else json.dumps(values[name])
 
 
 def _check_room(layout: _Layout, shards: list[int]) -> None:

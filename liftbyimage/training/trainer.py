@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -24,9 +24,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from liftbyimage._files import write_atomically
+from liftbyimage._files import differences, write_atomically
 from liftbyimage.checkpoint import save_atomically, save_pipeline
-from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source, open_source
+from liftbyimage.data.source import CorruptRecord, Source, check_source, open_source
 from liftbyimage.models import Pipeline
 from liftbyimage.training.build import build_pipeline
 from liftbyimage.training.config import MAY_CHANGE, TrainingConfig
@@ -372,7 +372,10 @@ class Trainer:
     def _records(self) -> dict[str, Any]:
         """Which records the run sees, as JSON gives it back: tuples are lists."""
         sources = {"data": self.source, "validate": self.validation}
-        described = {key: source and dict(source.description) for key, source in sources.items()}
+        described = {
+            key: None if source is None else {**source.description, "records": len(source)}
+            for key, source in sources.items()
+        }
         return json.loads(json.dumps(described))
 
     def _restore(self) -> None:
@@ -404,9 +407,11 @@ class Trainer:
 
 def _check_records(source: Source, validation: Source | None) -> None:
     for key, one in {"data": source, "validate": validation}.items():
-        if one is not None and not len(one):
+        if one is None:
+            continue
+        if not len(one):
             raise ValueError(f"TrainingConfig: {key} must have records, got none")
-        if one is not None and "pose_3d" not in ReadableRecords(one)[0]:
+        if "pose_3d" not in check_source(f"TrainingConfig: {key}", one):
             raise ValueError(f"TrainingConfig: {key} must have true poses (pose_3d), got records without")
     if validation is not None and tuple(validation.size) != tuple(source.size):
         (height, width), (other_height, other_width) = source.size, validation.size
@@ -427,20 +432,8 @@ def _read_last(path: Path, config: TrainingConfig, records: dict[str, Any]) -> d
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: expected what training writes ({FORMAT!r}), got another file")
     settings = {key: value for key, value in config.to_dict().items() if key not in MAY_CHANGE}
-    other = _differences(settings, state["config"]) + _differences(records, state["records"])
+    before = {key: state["config"].get(key) for key in settings}
+    other = differences({**before, **state["records"]}, {**settings, **records})
     if other:
-        raise ValueError(f"{path} is of another run, choose another folder for this one: {', '.join(other)}")
+        raise ValueError(f"{path} is of another run, choose another folder for this one ({other})")
     return state
-
-
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """Where two nested mappings differ, by dotted key; keys that only `there` has do not count at the top."""
-    found = []
-    for key, value in here.items():
-        other = there.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            missing = {name: None for name in other if name not in value}
-            found += [f"{key}.{rest}" for rest in _differences({**value, **missing}, other)]
-        elif value != other:
-            found.append(f"{key} is {other!r} there and {value!r} here")
-    return found
