@@ -22,10 +22,11 @@ from rich.console import Console
 from small_branches import SmallBranches
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.utils.data import default_collate
 from typer.testing import CliRunner
 
 from liftbyimage import cli, models
-from liftbyimage.batches import Batch
+from liftbyimage.batches import Batch, make_batch
 from liftbyimage.checkpoint import load_pipeline, save_pipeline
 from liftbyimage.data.source import CorruptRecord, Source
 from liftbyimage.data.synthetic import SyntheticPeople
@@ -365,6 +366,21 @@ def test_parts_of_a_batch_give_the_whole_batch(people: Source, tmp_path: Path) -
     parts = run(tiny("pose-only", **config, accumulate=3), tmp_path / "3", people)
     torch.testing.assert_close(losses(parts.curves), losses(whole.curves), rtol=1e-5, atol=0)
     assert losses(parts.curves) != losses(whole.curves)  # it did add up in another order
+
+
+def test_the_gradient_is_that_of_the_mean_over_a_batch_of_any_size(
+    people: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("pose-only", epochs=1, flip=False, lifter={**TINY["pose-only"]["lifter"], "dropout": 0.0})
+    trainers: list[Trainer] = []
+    in_step(monkeypatch, 1, trainers.append)
+    few = People(people, count=5)  # of a batch of 8
+    run(replace(config, accumulate=2), tmp_path, few)
+    pipeline = build_pipeline(config, SIZE).pipeline
+    batch = make_batch(pipeline.lifter, default_collate(few.records))
+    (pipeline(batch.images, *batch.poses) - batch.pose_3d).square().mean().backward()
+    for ours, expected in zip(trainers[0].pipeline.parameters(), pipeline.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_loss_is_the_mean_over_the_batch(people: Source) -> None:
