@@ -840,7 +840,21 @@ def test_on_a_terminal_there_is_a_bar(people: Source, tmp_path: Path) -> None:
     assert "0/3" in console.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("rank", "said"), [("0", "Stopped; the same command goes on from {out}/last.pt.\n"), ("1", "")]
+)
+def test_one_process_says_that_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, said: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    stop_in_step(monkeypatch, 1)
+    flags = ["--model", "pose-only", "--data", "synthetic,count=9,size=64x48", "--batch-size", 4]
+    result = invoke("--out", tmp_path, *flags, "--set", "lifter.dim=16", "--set", "lifter.heads=2")
+    assert (result.exit_code, result.stdout) == (0, said.format(out=tmp_path))
+
+
 def test_nothing_is_left_half_written(people: Source, tmp_path: Path) -> None:
+    (tmp_path / ".last.pt.k9x2").write_bytes(b"half of it")  # of a run that was killed while it wrote
     run(tiny("pose-only"), tmp_path, people)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.yaml",

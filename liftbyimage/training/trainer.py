@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from liftbyimage._files import write_atomically
+from liftbyimage._files import remove_leftovers, write_atomically
 from liftbyimage.checkpoint import save_atomically, save_pipeline
 from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source, open_source
 from liftbyimage.models import Pipeline
@@ -182,6 +182,8 @@ class Trainer:
             for name in (LAST, BEST, MODEL):
                 (self.out / name).unlink(missing_ok=True)
         if self.group.first:
+            for name in (LAST, BEST, MODEL, CONFIG, CURVES):
+                remove_leftovers(self.out / name)
             self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
         finished = self._run_stages()
         if finished:
