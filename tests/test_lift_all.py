@@ -241,10 +241,11 @@ def test_folders_and_shards_that_are_something_else_are_refused(saved: Path, tmp
     assert refusal(lambda: _lift(FewPeople(COUNT), tmp_path, saved)) == (
         f"out {tmp_path}: holds shards but no source.json that says of what; choose another folder"
     )
-    (tmp_path / "source.json").write_text("{}")
-    assert refusal(lambda: load_shards(tmp_path)) == (
-        f"{tmp_path / 'source.json'}: expected what lift-all writes ('liftbyimage-shards-1'), got another file"
-    )
+    for other in ("{}", "[1]", '{"format": "liftbyimage-shards-1"}'):
+        (tmp_path / "source.json").write_text(other)
+        assert refusal(lambda: load_shards(tmp_path)) == (
+            f"{tmp_path / 'source.json'}: expected what lift-all writes ('liftbyimage-shards-1'), got another file"
+        )
     (tmp_path / "source.json").write_text("{")
     assert refusal(lambda: load_shards(tmp_path)).startswith(f"{tmp_path / 'source.json'}: not valid JSON (")
     (tmp_path / NAMES[0]).unlink()

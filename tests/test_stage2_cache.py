@@ -195,6 +195,19 @@ def test_only_a_missing_shard_is_computed_again(tmp_path, people, pipeline):
         assert (tmp_path / name).stat().st_mtime_ns == times[name]
 
 
+def test_broken_problems_of_a_shard_are_refused(tmp_path, people, pipeline):
+    open_cache(tmp_path, pipeline, people)
+    problems = tmp_path / SHARDS[1].replace("npy", "json")
+    problems.write_text("{")
+    with pytest.raises(ValueError) as error:
+        open_cache(tmp_path, pipeline, people)
+    assert str(error.value) == f"cache: {problems} is not valid JSON; delete it, and its shard is made anew"
+    problems.unlink()
+    people.reads.clear()
+    open_cache(tmp_path, pipeline, people)
+    assert people.reads == [4, 5, 6, 7]
+
+
 def test_a_cut_shard_is_computed_again(tmp_path, people, pipeline):
     open_cache(tmp_path, pipeline, people)
     before = files(tmp_path)

@@ -384,6 +384,10 @@ def _read_problems(layout: _Layout) -> dict[int, str]:
     """Of all shards that are there: without a process group, other ranks' may follow."""
     problems: dict[int, str] = {}
     for shard in filter(layout.is_whole, layout.shards):
-        found = json.loads(layout.problems_path(shard).read_text())
+        path = layout.problems_path(shard)
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"cache: {path} is not valid JSON; delete it, and its shard is made anew") from None
         problems |= {int(index): problem for index, problem in found.items()}
     return problems
