@@ -42,6 +42,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         raise
 
 
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete what `write_atomically` leaves beside `path` when it is killed; nobody may be writing it."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()

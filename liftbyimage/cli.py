@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -248,7 +249,7 @@ def train(
             key: str(value) if isinstance(value, Path) else value for key, value in named.items() if value is not None
         }
         trained = train(TrainingConfig.read(config, {**overrides, **_settings(set_ or [])}), out)
-        if not trained.finished:
+        if not trained.finished and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes says it
             typer.echo(f"Stopped; the same command goes on from {out / 'last.pt'}.")
 
 

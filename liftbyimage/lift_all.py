@@ -267,7 +267,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
+    sizes = [run.get(name) for name in ("records", "shard_size")] if isinstance(run, dict) else []
+    if not sizes or run.get("format") != FORMAT or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{path}: expected what lift-all writes ({FORMAT!r}), got another file")
     return run
 

@@ -59,6 +59,11 @@ def evaluating(pipeline: Pipeline) -> Iterator[None]:
             module.training = training
 
 
+def mixed_precision(device: str | torch.device, precision: str) -> torch.autocast:
+    """A context in which modules compute in one of `PRECISIONS`, by autocast; nothing for float32."""
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
+
+
 @torch.no_grad()
 def predict(pipeline: Pipeline, batch: Batch, *, flip_test: bool = False, precision: str = "float32") -> Prediction:
     """Lift a batch (`batches.make_batch`) with a pipeline in evaluation mode and on the batch's device.
@@ -69,7 +74,7 @@ def predict(pipeline: Pipeline, batch: Batch, *, flip_test: bool = False, precis
         precision: "float32", or "bfloat16" or "float16" by automatic mixed precision.
     """
     lifter = pipeline.lifter
-    with torch.autocast(batch.images.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+    with mixed_precision(batch.images.device, precision):
         out = pipeline(batch.images, *batch.poses)
         poses = _poses(out)
         if flip_test:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from liftbyimage import models
-from liftbyimage.batches import joint_order, make_batch, mirror
+from liftbyimage.batches import check_crop_size, joint_order, make_batch, mirror
 from liftbyimage.checkpoint import load_pipeline, save_pipeline
 from liftbyimage.data.crop import flip_crop, flip_keypoints, flip_pose, normalise_image, normalise_keypoints
 from liftbyimage.data.skeleton import JOINT_NAMES, MPI_INF_3DHP_NAMES, MPI_INF_3DHP_TO_H36M
@@ -78,6 +78,16 @@ def test_a_lifter_of_another_skeleton_gets_its_own_order_of_joints():
     assert torch.equal(batch.pose_3d[:, list(MPI_INF_3DHP_TO_H36M)], records()["pose_3d"])
     straight = make_batch(models.build("context-aware-poseformer", **LIFTERS["context-aware-poseformer"]), records())
     assert torch.equal(batch.poses[1][:, list(MPI_INF_3DHP_TO_H36M)], straight.poses[1])
+
+
+def test_crops_of_another_size_than_the_lifter_was_trained_on_are_refused():
+    lifter = models.build("lift-by-image", **LIFTERS["lift-by-image"])
+    pipeline = models.Pipeline(models.TinyEncoder(8), lifter)
+    check_crop_size("records", pipeline, SIZE)
+    check_crop_size("records", models.Pipeline(None, models.build("pose-only")), (7, 5))
+    with pytest.raises(ValueError) as caught:
+        check_crop_size("records", pipeline, (256, 192))
+    assert str(caught.value) == "records must be crops of 64x48 px, as this lifter was trained on, got 256x192"
 
 
 def test_a_lifter_of_other_joints_is_refused():

@@ -273,3 +273,10 @@ def test_encoder_weights_for_a_lifter_without_an_encoder_are_refused(tmp_path: P
     with pytest.raises(ValueError) as error:
         checkpoint.load_pipeline(path, tmp_path / "none.pth")
     assert str(error.value) == f"checkpoint {path}: a pose-only reads no image and takes no encoder weights"
+
+
+def test_what_training_continues_from_is_no_lifter(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"format": "liftbyimage-training-1"}, path)
+    _refused(path, f"checkpoint {path}: continues a training run; its lifter is in model.pt or best.pt beside it")
+    _refused(tmp_path, f"checkpoint {tmp_path}: is a folder")

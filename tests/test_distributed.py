@@ -37,6 +37,7 @@ SETTINGS = {
     "epochs": 2,
     "batch_size": 8,
     "learning_rate": 2e-4,  # Adam makes rounding errors of tiny gradients as large as this
+    "weight_decay": 0.1,  # added to the gradient, whose size Adam alone would not tell
 }
 LIFTERS: dict[str, dict[str, Any]] = {
     # What guides patches in the last layer gets no gradient, for they are not read again.
@@ -46,6 +47,14 @@ LIFTERS: dict[str, dict[str, Any]] = {
         "encoder": None,
         "encoder_config": {},
         "lifter": {"dim": 16, "heads": 2, "layers": 2, "dropout": 0.0},
+    },
+    # Without batch norms, which see a part at a time, parts of a step give the whole step.
+    "pose-only in parts": {
+        "model": "pose-only",
+        "encoder": None,
+        "encoder_config": {},
+        "lifter": {"dim": 16, "heads": 2, "layers": 2, "dropout": 0.0},
+        "accumulate": 2,
     },
     "context-aware-poseformer": {
         "model": "context-aware-poseformer",
@@ -110,8 +119,6 @@ def in_one_of_two(rank: int, folder: Path, port: int) -> None:
     for name, settings in LIFTERS.items():
         config = TrainingConfig(**{**SETTINGS, **settings})
         found[name] = train(config, folder / name, source=people(9), console=quiet()).curves
-    accumulated = TrainingConfig(**SETTINGS, accumulate=2)
-    found["accumulated"] = train(accumulated, folder / "accumulated", source=people(9), console=quiet()).curves
     step = Trainer._step
 
     def asked_in_the_third(self: Trainer, *arguments: Any) -> bool:
@@ -180,7 +187,7 @@ def test_two_processes_train_every_lifter_as_one_does(
     found: list[dict[str, Any]], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(models.ENCODERS, "small branches", SmallBranches)
-    config = TrainingConfig(**{**SETTINGS, **LIFTERS[name]})
+    config = TrainingConfig(**{**SETTINGS, **LIFTERS[name], "accumulate": 1})
     alone = train(config, tmp_path, source=people(9), console=quiet()).curves
     for one in found:
         assert_same_losses(one[name], alone)
@@ -191,11 +198,6 @@ def test_all_processes_stop_after_the_step_in_which_one_was_asked(found: list[di
         assert not finished
         assert [len(losses) for losses in curves["loss"].values()] == [3, 0]
     assert torch.load(folder / "stopped" / "last.pt", weights_only=True)["place"] == {"stage": 0, "epoch": 1, "step": 1}
-
-
-def test_accumulation_in_two_processes_sees_the_same_first_batch(found: list[dict[str, Any]]) -> None:
-    """Batch norms see a part at a time, so later losses differ; both processes agree on all of them."""
-    assert found[0]["accumulated"] == found[1]["accumulated"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

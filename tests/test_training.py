@@ -22,10 +22,11 @@ from rich.console import Console
 from small_branches import SmallBranches
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.utils.data import default_collate
 from typer.testing import CliRunner
 
 from liftbyimage import cli, models
-from liftbyimage.batches import Batch
+from liftbyimage.batches import Batch, make_batch
 from liftbyimage.checkpoint import load_pipeline, save_pipeline
 from liftbyimage.data.source import CorruptRecord, Source
 from liftbyimage.data.synthetic import SyntheticPeople
@@ -367,6 +368,21 @@ def test_parts_of_a_batch_give_the_whole_batch(people: Source, tmp_path: Path) -
     assert losses(parts.curves) != losses(whole.curves)  # it did add up in another order
 
 
+def test_the_gradient_is_that_of_the_mean_over_a_batch_of_any_size(
+    people: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("pose-only", epochs=1, flip=False, lifter={**TINY["pose-only"]["lifter"], "dropout": 0.0})
+    trainers: list[Trainer] = []
+    in_step(monkeypatch, 1, trainers.append)
+    few = People(people, count=5)  # of a batch of 8
+    run(replace(config, accumulate=2), tmp_path, few)
+    pipeline = build_pipeline(config, SIZE).pipeline
+    batch = make_batch(pipeline.lifter, default_collate(few.records))
+    (pipeline(batch.images, *batch.poses) - batch.pose_3d).square().mean().backward()
+    for ours, expected in zip(trainers[0].pipeline.parameters(), pipeline.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_loss_is_the_mean_over_the_batch(people: Source) -> None:
     config = tiny("pose-only")
     pipeline = build_pipeline(config, SIZE).pipeline.eval()
@@ -418,6 +434,23 @@ def test_the_cache_changes_nothing_but_rounding(people: Source, tmp_path: Path) 
     cached = run(tiny(cache=str(tmp_path / "cache")), tmp_path / "cached", people).curves["loss"]
     assert cached["stage 1"] == plain["stage 1"]
     torch.testing.assert_close(cached["stage 2"], plain["stage 2"], rtol=1e-5, atol=0)
+
+
+def test_a_cache_that_is_a_file_is_refused_before_stage_1(people: Source, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    text = f"TrainingConfig: cache must be a folder, got the file {tmp_path / 'cache'}"
+    refused(text, lambda: run(tiny(cache=str(tmp_path / "cache")), tmp_path / "out", people))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_with_a_cache_elsewhere_but_not_without(people: Source, tmp_path: Path) -> None:
+    run(tiny(cache=str(tmp_path / "cache")), tmp_path / "out", people)
+    assert run(tiny(cache=str(tmp_path / "other")), tmp_path / "out", people).finished
+    refused(
+        f"{tmp_path / 'out' / 'last.pt'} is of another run, choose another folder for this one "
+        "(cache: true there, false here)",
+        lambda: run(tiny(), tmp_path / "out", people),
+    )
 
 
 def test_a_cached_run_goes_on_bit_by_bit(people: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,13 +540,13 @@ def test_another_run_in_the_folder_is_refused(people: Source, others: Source, tm
     last = tmp_path / "last.pt"
     lifter = {**TINY["pose-only"]["lifter"], "dim": 32}
     refused(
-        f"{last} is of another run, choose another folder for this one: lifter.dim is 16 there and 32 here, "
-        "seed is 0 there and 1 here",
+        f"{last} is of another run, choose another folder for this one (lifter.dim: 16 there, 32 here; "
+        "seed: 0 there, 1 here)",
         lambda: run(tiny("pose-only", seed=1, lifter=lifter), tmp_path, people, validation=others),
     )
     refused(
-        f"{last} is of another run, choose another folder for this one: data.count is 21 there and 6 here, "
-        "data.seed is 0 there and 1 here",
+        f"{last} is of another run, choose another folder for this one (data.count: 21 there, 6 here; "
+        "data.seed: 0 there, 1 here; data.records: 21 there, 6 here)",
         lambda: run(tiny("pose-only"), tmp_path, others, validation=others),
     )
     assert run(tiny("pose-only", workers=1, save_every_minutes=1.0), tmp_path, people, validation=others).finished
@@ -722,7 +755,10 @@ def test_the_command_trains_by_flags(tmp_path: Path) -> None:
     flags += ["--set", "lifter.dim=16", "--set", "lifter.heads=2", "--set", "learning_rate=1e-4"]
     result = invoke("--out", tmp_path / "out", *flags)
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr.startswith("lifter, epoch 1 of 1: loss ")
+    first, epoch, last = result.stderr.splitlines()
+    assert first == "pose-only, 0.0 million weights, on 9 records: 3 steps an epoch, cpu, one process."
+    assert epoch.startswith("lifter, epoch 1 of 1: loss ")
+    assert last == f"Finished: {tmp_path / 'out' / 'model.pt'}."
     written = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert TrainingConfig(**written) == TrainingConfig(
         model="pose-only",
@@ -824,7 +860,21 @@ def test_on_a_terminal_there_is_a_bar(people: Source, tmp_path: Path) -> None:
     assert "0/3" in console.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("rank", "said"), [("0", "Stopped; the same command goes on from {out}/last.pt.\n"), ("1", "")]
+)
+def test_one_process_says_that_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, said: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    stop_in_step(monkeypatch, 1)
+    flags = ["--model", "pose-only", "--data", "synthetic,count=9,size=64x48", "--batch-size", 4]
+    result = invoke("--out", tmp_path, *flags, "--set", "lifter.dim=16", "--set", "lifter.heads=2")
+    assert (result.exit_code, result.stdout) == (0, said.format(out=tmp_path))
+
+
 def test_nothing_is_left_half_written(people: Source, tmp_path: Path) -> None:
+    (tmp_path / ".last.pt.k9x2").write_bytes(b"half of it")  # of a run that was killed while it wrote
     run(tiny("pose-only"), tmp_path, people)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.yaml",

@@ -29,8 +29,9 @@ from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source
 from liftbyimage.models import LiftByImage, Pipeline
 from liftbyimage.nn import FactoredPatches
 from liftbyimage.ops import keep_count
-from liftbyimage.predict import evaluating
+from liftbyimage.predict import evaluating, mixed_precision
 from liftbyimage.reading import leave_signals_to_the_parent
+from liftbyimage.training.signals import Stopped, StopRequest
 from liftbyimage.training.stages import FocusedExploration, Kept
 
 FORMAT = "liftbyimage-stage2-cache-1"
@@ -112,11 +113,13 @@ class Stage2Cache:
         workers: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        precision: str = "float32",
         strict: bool = False,
         rank: int = 0,
         world: int = 1,
-    ) -> Stage2Cache:
-        """The cache in `folder`, after computing the shards that are not there yet.
+        stop: StopRequest | None = None,
+    ) -> Stage2Cache | None:
+        """The cache in `folder`, after computing the shards that are not there yet; None if it was asked to `stop`.
 
         Args:
             folder: one that all processes see; made where it is missing.
@@ -127,6 +130,7 @@ class Stage2Cache:
             batch_size, workers: of the computing; a batch's size moves rows by rounding only.
             dtype: what patches are stored in: float32, or float16 or bfloat16 for half the disk. Poses and joint
                 tokens are always float32.
+            precision: that stage 1 computes in, by automatic mixed precision, as the run does without a cache.
             strict: raise for a record that cannot be read, where another would stand in.
             rank, world: this process computes every world-th shard, and where a process group exists waits for the
                 others.
@@ -139,15 +143,21 @@ class Stage2Cache:
         _check(pipeline, source, dtype)
         layout = _Layout(Path(folder), len(source), 2 if flip else 1, _row_type(pipeline.lifter, dtype))
         missing = [shard for shard in layout.shards if not layout.is_whole(shard)]
-        key = _key(pipeline, source, layout, dtype)
+        key = _key(pipeline, source, layout, dtype, precision)
         _check_key(layout, key)
         _check_room(layout, missing)
         write_atomically(layout.folder / "key.json", lambda file: file.write(json.dumps(key, indent=1).encode()))
         mine = [shard for shard in missing if shard % world == rank]
-        with evaluating(pipeline), torch.no_grad():
-            _compute(layout, mine, pipeline, source, batch_size, workers, device, dtype, strict)
+        stopped = [False] * world
+        with evaluating(pipeline), torch.no_grad(), mixed_precision(device, precision):
+            try:
+                _compute(layout, mine, pipeline, source, batch_size, workers, device, dtype, strict, stop)
+            except Stopped:
+                stopped[rank] = True
         if world > 1 and distributed.is_initialized():
-            distributed.barrier()
+            distributed.all_gather_object(stopped, stopped[rank])
+        if any(stopped):
+            return None
         cache = cls(layout, dtype)
         if strict and cache.problems:
             raise CorruptRecord(next(iter(cache.problems.values())))
@@ -237,7 +247,7 @@ def _row_type(lifter: LiftByImage, dtype: torch.dtype) -> np.dtype[Any]:
     )
 
 
-def _key(pipeline: Pipeline, source: Source, layout: _Layout, dtype: torch.dtype) -> dict[str, Any]:
+def _key(pipeline: Pipeline, source: Source, layout: _Layout, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """All that the rows depend on, as plain values of JSON."""
     key = {
         "format": FORMAT,
@@ -247,6 +257,7 @@ def _key(pipeline: Pipeline, source: Source, layout: _Layout, dtype: torch.dtype
         "weights": _digest(pipeline),
         "flip": layout.copies == 2,
         "dtype": str(dtype).removeprefix("torch."),
+        "precision": precision,
         "records_per_shard": layout.records_per_shard,
     }
     return json.loads(json.dumps(key))
@@ -301,6 +312,7 @@ def _compute(
     device: str | torch.device,
     dtype: torch.dtype,
     strict: bool,
+    stop: StopRequest | None,
 ) -> None:
     """Compute and write these shards. No batch crosses a shard, so that a shard's bytes depend on it alone."""
     if not shards:
@@ -321,6 +333,8 @@ def _compute(
         problems: dict[int, str] = {}
         file.write(layout.header(shard))
         for _ in batches[shard]:
+            if stop is not None:
+                stop.check()
             batch = next(records)
             found = {
                 i: problem for i, problem in zip(batch["index"].tolist(), batch["problem"], strict=True) if problem
@@ -366,6 +380,10 @@ def _read_problems(layout: _Layout) -> dict[int, str]:
     """Of all shards that are there: without a process group, other ranks' may follow."""
     problems: dict[int, str] = {}
     for shard in filter(layout.is_whole, layout.shards):
-        found = json.loads(layout.problems_path(shard).read_text())
+        path = layout.problems_path(shard)
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"cache: {path} is not valid JSON; delete it, and its shard is made anew") from None
         problems |= {int(index): problem for index, problem in found.items()}
     return problems

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from liftbyimage._files import differences, write_atomically
+from liftbyimage._files import differences, remove_leftovers, write_atomically
 from liftbyimage.checkpoint import save_atomically, save_pipeline
 from liftbyimage.data.source import CorruptRecord, Source, check_source, open_source
 from liftbyimage.models import Pipeline
@@ -169,6 +169,7 @@ class Trainer:
         self.restored: dict[str, Any] | None = None  # of last.pt, until the stage it was written in has taken it
         self.saved_at = time.monotonic()
         self.log = Log(out, group, config.pictures, console)
+        _check_folder(config.cache, "cache")
         if start.encoder_is_new and self.pipeline.lifter.encoder_is_frozen:
             self.log.say(
                 f"warning: a {config.model} never trains its encoder, and this one has random weights; "
@@ -182,12 +183,25 @@ class Trainer:
             for name in (LAST, BEST, MODEL):
                 (self.out / name).unlink(missing_ok=True)
         if self.group.first:
+            for name in (LAST, BEST, MODEL, CONFIG, CURVES):
+                remove_leftovers(self.out / name)
             self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
+        self._introduce()
         finished = self._run_stages()
         if finished:
             self._save_pipeline(MODEL, self.pipeline)
             self._save(None)
+            best = "" if self.best is None else f"; {BEST}: MPJPE {self.best:.1f} mm in validation"
+            self.log.say(f"Finished: {self.out / MODEL}{best}.")
         return Trained(finished, self.curves, self.best)
+
+    def _introduce(self) -> None:
+        weights = sum(parameter.numel() for parameter in self.pipeline.parameters())
+        processes = f"{self.group.world} processes" if self.group.world > 1 else "one process"
+        self.log.say(
+            f"{self.config.model}, {weights / 1e6:.1f} million weights, on {len(self.source)} records: "
+            f"{self.steps} steps an epoch, {self.group.device}, {processes}."
+        )
 
     def _run_stages(self) -> bool:
         """False if the run was asked to stop."""
@@ -201,6 +215,8 @@ class Trainer:
         if self.epochs[number]:
             work = self._begin_stage(number)
             feed = self._feed(work)
+            if feed is None:
+                return False
             while self.place.epoch < work.epochs:
                 if not (self._run_epoch(work, feed) and self._validate(work)):
                     return False
@@ -232,10 +248,12 @@ class Trainer:
         batches = Batches(config, len(self.source), number, self.group.rank, self.group.world)
         return StageWork(stage, self.epochs[number], model, parameters, optimiser, average, batches)
 
-    def _feed(self, work: StageWork) -> Feed:
-        """Where the parts of the stage's steps come from: records, or what the frozen stage 1 made of them."""
+    def _feed(self, work: StageWork) -> Feed | None:
+        """Where the parts of the stage's steps come from: records, or what the frozen stage 1 made of them. None if the
+        run was asked to stop while that was computed."""
         config, device = self.config, self.group.device
         if config.cache is not None and isinstance(work.stage, FocusedExploration):
+            self.log.say(f"{work.stage.name} reads {config.cache}; what is not there yet is computed first.")
             cache = Stage2Cache.open(
                 config.cache,
                 self.pipeline,
@@ -244,10 +262,14 @@ class Trainer:
                 batch_size=config.batch_size,
                 workers=config.workers,
                 device=device,
+                precision=config.precision,
                 strict=config.strict,
                 rank=self.group.rank,
                 world=self.group.world,
+                stop=self.stop,
             )
+            if cache is None:
+                return None
             return lambda mirrored: parts_from_cache(cache, work.batches, mirrored, device)
         loader = record_loader(self.source, work.batches, config)
         return lambda mirrored: parts_from_records(loader, self.pipeline.lifter, mirrored, device)
@@ -405,6 +427,11 @@ class Trainer:
         write_atomically(self.out / name, lambda file: file.write(text.encode()))
 
 
+def _check_folder(path: str | None, key: str) -> None:
+    if path is not None and Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"TrainingConfig: {key} must be a folder, got the file {path}")
+
+
 def _check_records(source: Source, validation: Source | None) -> None:
     for key, one in {"data": source, "validate": validation}.items():
         if one is None:
@@ -431,9 +458,14 @@ def _read_last(path: Path, config: TrainingConfig, records: dict[str, Any]) -> d
         raise ValueError(f"{path}: not a readable PyTorch file of plain values") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: expected what training writes ({FORMAT!r}), got another file")
-    settings = {key: value for key, value in config.to_dict().items() if key not in MAY_CHANGE}
-    before = {key: state["config"].get(key) for key in settings}
-    other = differences({**before, **state["records"]}, {**settings, **records})
+    before, now = _settings(state["config"]), _settings(config.to_dict())
+    other = differences({**before, **state["records"]}, {**now, **records})
     if other:
         raise ValueError(f"{path} is of another run, choose another folder for this one ({other})")
     return state
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must keep to the end. Where the cache lies may change, whether there is one moves rounding."""
+    kept = {key: value for key, value in config.items() if key not in MAY_CHANGE}
+    return {**kept, "cache": config.get("cache") is not None}

@@ -8,12 +8,8 @@ from liftbyimage.models import Pipeline
 from liftbyimage.reading import spread
 from liftbyimage.training.config import TrainingConfig
 from liftbyimage.training.distributed import Processes
-from liftbyimage.training.signals import StopRequest
+from liftbyimage.training.signals import Stopped, StopRequest
 from liftbyimage.training.stages import Stage
-
-
-class _Stopped(Exception):
-    pass
 
 
 def validate(
@@ -21,11 +17,6 @@ def validate(
 ) -> dict[str, float] | None:
     """`mpjpe_mm` and `p_mpjpe_mm` of the pose that `stage` trains, over `source`; the same in every process. None if
     any process was asked to stop before it was done."""
-
-    def check(count: int) -> None:
-        if stop.requested:
-            raise _Stopped
-
     try:
         mine: Measurements | None = measure(
             pipeline.eval(),
@@ -35,9 +26,9 @@ def validate(
             device=group.device,
             flip_test=config.flip_test,
             strict=config.strict,
-            on_batch=check,
+            on_batch=lambda count: stop.check(),
         )
-    except _Stopped:
+    except Stopped:
         mine = None
     parts = group.gather(mine)
     if None in parts:
