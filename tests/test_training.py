@@ -849,7 +849,7 @@ def test_without_tensorboard_it_says_so_and_trains(
     console = quiet()
     assert run(tiny("pose-only"), tmp_path, people, console=console).finished
     said = console.file.getvalue()
-    assert said.count("TensorBoard is not installed (pip install 'liftbyimage[train]')") == 1
+    assert said.count("TensorBoard is not installed (pip install tensorboard)") == 1
     assert not (tmp_path / "tensorboard").exists()
 
 

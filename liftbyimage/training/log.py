@@ -65,7 +65,7 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.say("TensorBoard is not installed (pip install 'liftbyimage[train]'): curves go to curves.json only.")
+            self.say("TensorBoard is not installed (pip install tensorboard): curves go to curves.json only.")
             return None
         return SummaryWriter(self.out / "tensorboard", purge_step=step)
 
