@@ -635,7 +635,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], error: t
             "context-aware-poseformer",
             {"encoder": "tiny"},
             ValueError,
-            "TrainingConfig: encoder must be an HRNet for a context-aware-poseformer, which reads its four branches",
+            "TrainingConfig: encoder must be an HRNet for a context-aware-poseformer, which reads its branches",
         ),
         (
             "pose-only",

@@ -51,7 +51,7 @@ class PoseOnlyLifter(nn.Module):
         config: sizes.
     """
 
-    name = "pose-only"
+    name, config_type = "pose-only", PoseOnlyConfig
     reads = None  # nothing of an encoder
     encoder_is_frozen = False
 
@@ -76,6 +76,11 @@ class PoseOnlyLifter(nn.Module):
                 f"PoseOnlyLifter: pose_2d must have shape [B, {self.config.num_joints}, 2], got {list(pose_2d.shape)}"
             )
         return root_relative(self.head(self.layers(self.pose_embed(pose_2d) + self.joint_embedding)))
+
+    @staticmethod
+    def sizes(encoder: None, crop_size: tuple[int, int]) -> dict[str, Any]:
+        """Nothing of the configuration depends on images."""
+        return {}
 
     def check_encoder(self, encoder: nn.Module | None) -> None:
         if encoder is not None:

@@ -10,14 +10,8 @@ from torch import nn
 
 from liftbyimage import models
 from liftbyimage.checkpoint import load_state, official_hrnet, read_checkpoint
-from liftbyimage.models import ContextAwarePoseFormerConfig, LiftByImageConfig, Pipeline, PoseOnlyConfig
+from liftbyimage.models import Pipeline
 from liftbyimage.training.config import TrainingConfig, check_values
-
-_LIFTER_CONFIGS = {
-    "lift-by-image": LiftByImageConfig,
-    "context-aware-poseformer": ContextAwarePoseFormerConfig,
-    "pose-only": PoseOnlyConfig,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +77,11 @@ def _encoder(
 def _lifter(
     config: TrainingConfig, init: dict[str, Any] | None, encoder: nn.Module | None, crop_size: tuple[int, int]
 ) -> nn.Module:
-    check_values("TrainingConfig: lifter", _LIFTER_CONFIGS[config.model], config.lifter)
-    needed = _decided_by_the_encoder(config.model, encoder, crop_size)
+    kind = models.LIFTERS[config.model]
+    check_values("TrainingConfig: lifter", kind.config_type, config.lifter)
+    if kind.reads is not None and not hasattr(encoder, kind.reads):
+        raise ValueError(f"TrainingConfig: encoder must be an HRNet for a {config.model}, which reads its {kind.reads}")
+    needed = kind.sizes(encoder, crop_size)
     given = {**(init["lifter_config"] if init else {}), **config.lifter}
     for key, value in needed.items():
         if _as_list(given.get(key, value)) != _as_list(value):
@@ -94,19 +91,6 @@ def _lifter(
                 f"{height}x{width} px, got {_as_list(given[key])}"
             )
     return models.build(config.model, **{**given, **needed})
-
-
-def _decided_by_the_encoder(model: str, encoder: nn.Module | None, crop_size: tuple[int, int]) -> dict[str, Any]:
-    if model == "lift-by-image":
-        grid = tuple(side // encoder.stride for side in crop_size)
-        return {"image_channels": encoder.channels, "grid": grid}
-    if model == "context-aware-poseformer":
-        if not hasattr(encoder, "branch_channels"):
-            raise ValueError(
-                "TrainingConfig: encoder must be an HRNet for a context-aware-poseformer, which reads its four branches"
-            )
-        return {"channels": encoder.branch_channels}
-    return {}
 
 
 def _as_list(value: Any) -> Any:
