@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import torch
 from liftbyimage.data import background as backgrounds
 from liftbyimage.data import body, render
 from liftbyimage.data.camera import project
+from liftbyimage.data.crop import apply_affine, box_to_crop_matrix
+from liftbyimage.data.scenes import FRAME_SIZE, Scenes
 from liftbyimage.data.skeleton import BONES, FLIP_PAIRS, JOINT_NAMES, PARENTS
-from liftbyimage.data.synthetic import MOTIONS, Scenes, SyntheticScenes, generate
+from liftbyimage.data.synthetic import MOTIONS, SyntheticPeople, generate
 
 JOINT = {name: i for i, name in enumerate(JOINT_NAMES)}
 
@@ -33,6 +37,10 @@ def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
 
 def angles_of(**changes: float) -> dict[str, np.ndarray]:
     return {name: np.array([changes.get(name, 0.0)]) for name in body.LIMITS}
+
+
+def sample_poses(people: body.People, draws: list[np.random.Generator], motion: str) -> dict[str, np.ndarray]:
+    return body.sample_poses(people, draws, body.sample_activities(draws, motion))
 
 
 def pose(**changes: float) -> dict[str, np.ndarray]:
@@ -61,6 +69,7 @@ def test_shapes_and_dtypes(textured: Scenes) -> None:
         "R": ((96, 3, 3), torch.float32),
         "t": ((96, 3), torch.float32),
         "root": ((96, 3), torch.float32),
+        "crop_matrix": ((96, 2, 3), torch.float32),
     }
     assert {
         f.name: (tuple(getattr(textured, f.name).shape), getattr(textured, f.name).dtype) for f in fields(Scenes)
@@ -82,6 +91,20 @@ def test_crop_follows_the_box_rule(textured: Scenes) -> None:
     torch.testing.assert_close(filled, torch.full((96,), 1 / 1.25), rtol=0, atol=1e-4)
 
 
+def test_crop_matrix_cuts_the_crop_out_of_the_full_frame(textured: Scenes) -> None:
+    """The crop's camera, taken back to the full frame, has its principal point in the middle and square pixels."""
+    matrix = textured.crop_matrix.double().numpy()
+    assert (matrix[:, 0, 0] == matrix[:, 1, 1]).all() and not matrix[:, [0, 1], [1, 0]].any()
+    K = textured.K.double().numpy()
+    centre = (K[:, :2, 2] - matrix[:, :, 2]) / matrix[:, :1, 0]
+    np.testing.assert_allclose(centre, np.tile((np.array(FRAME_SIZE) - 1) / 2, (96, 1)), rtol=0, atol=1e-3)
+    focal = K[:, 0, 0] / matrix[:, 0, 0]
+    assert 949 < focal.min() < 1000 and 1500 < focal.max() < 1551
+    full = (textured.pose_2d_clean.double().numpy() - matrix[:, None, :, 2]) / matrix[:, None, :1, 0]
+    box = np.concatenate([full.min(axis=1), full.max(axis=1)], axis=1)
+    np.testing.assert_allclose(box_to_crop_matrix(box), matrix, rtol=0, atol=5e-3)
+
+
 def test_cameras_are_calibrated_and_all_round(textured: Scenes) -> None:
     R, t = textured.R.double(), textured.t.double()
     torch.testing.assert_close(R @ R.mT, torch.eye(3).double().expand_as(R), rtol=0, atol=1e-6)
@@ -101,7 +124,7 @@ def test_cameras_are_calibrated_and_all_round(textured: Scenes) -> None:
 
 def test_people_stand_on_the_floor() -> None:
     people = body.sample_people(generators(20))
-    points = body.pose_points(people.bones, body.sample_poses(people, generators(20, 1), "mixed"))
+    points = body.pose_points(people.bones, sample_poses(people, generators(20, 1), "mixed"))
     world = body.stand(points, people.radii, np.linspace(0, 350, 20), np.full((20, 2), 0.25))
     lowest = (world[:, body.CAPSULE_ENDS, 2] - people.radii).min(axis=(1, 2))
     np.testing.assert_allclose(lowest, 0, atol=1e-12)
@@ -115,7 +138,7 @@ def test_bones_are_constant_for_a_person_and_alike_left_and_right() -> None:
     person = body.sample_people(generators(1, 3))
     everyone = {name: np.repeat(bone, 50) for name, bone in person.bones.items()}
     many = body.People(np.repeat(person.stature, 50), everyone, person.radii, person.flesh, person.colours)
-    joints = body.pose_points(everyone, body.sample_poses(many, generators(50), "mixed"))[:, : len(JOINT_NAMES)]
+    joints = body.pose_points(everyone, sample_poses(many, generators(50), "mixed"))[:, : len(JOINT_NAMES)]
     lengths = {child: np.linalg.norm(joints[:, child] - joints[:, parent], axis=1) for parent, child in BONES}
     for child, length in lengths.items():
         np.testing.assert_allclose(length, length[0], rtol=1e-12, err_msg=JOINT_NAMES[child])
@@ -137,7 +160,7 @@ def test_people_differ_in_stature_and_proportions() -> None:
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_sampled_angles_keep_the_joint_limits(motion: str) -> None:
     people = body.sample_people(generators(200))
-    angles = body.sample_poses(people, generators(200, 5), motion)
+    angles = sample_poses(people, generators(200, 5), motion)
     assert angles.keys() == body.LIMITS.keys()
     for name, angle in angles.items():
         low, high = body.LIMITS[name]
@@ -433,19 +456,35 @@ def test_seeds_give_different_scenes() -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_dataset_items_are_the_generated_scenes(cache: bool) -> None:
-    scenes = generate(66, seed=6, background="laboratory", noise=0.5, size=(64, 48))
-    dataset = SyntheticScenes(66, seed=6, background="laboratory", noise=0.5, size=(64, 48), cache=cache)
-    assert len(dataset) == 66
+def test_records_are_the_generated_scenes(cache: bool) -> None:
+    options = {"seed": 6, "background": "laboratory", "noise": 0.5, "size": (64, 48)}
+    scenes = generate(66, **options)
+    people = SyntheticPeople(count=66, cache=cache, **options)
+    assert len(people) == 66
     for index in (65, 0, 7, -1):
-        item = dataset[index]
-        assert item.keys() == {f.name for f in fields(Scenes)}
-        for name, value in item.items():
-            assert torch.equal(value, getattr(scenes, name)[index]), name
-    batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
-    assert torch.equal(batch["pose_3d"], scenes.pose_3d[:4])
-    with pytest.raises(IndexError, match="^index: expected a scene from -66 to 65, got 66$"):
-        dataset[66]
+        record = people[index]
+        for name in ("image", "mask", "pose_3d"):
+            np.testing.assert_array_equal(record[name], getattr(scenes, name)[index].numpy(), err_msg=name)
+        crop_px = apply_affine(record["crop_matrix"], record["keypoints"])
+        np.testing.assert_allclose(crop_px, scenes.pose_2d[index].numpy(), rtol=0, atol=1e-3)
+    with pytest.raises(IndexError, match="^index: expected a record from -66 to 65, got 66$"):
+        people[66]
+
+
+def test_groups_are_what_people_do() -> None:
+    """Walking and reaching by the motion asked for; who sits has bent hips, who stands has not."""
+    for motion in ("walking", "reaching"):
+        people = SyntheticPeople(count=3, motion=motion, size=(8, 8))
+        assert {people.groups[record["group"]] for record in (people[i] for i in range(3))} == {motion}
+    people = SyntheticPeople(count=128, seed=3, motion="random", size=(8, 8))
+    rise: dict[str, list[float]] = {name: [] for name in people.groups}
+    for index in range(len(people)):
+        joints = people[index]["pose_3d"]
+        thighs = [joints[JOINT[f"{side}_knee"]] - joints[JOINT[f"{side}_hip"]] for side in ("left", "right")]
+        trunk = joints[JOINT["thorax"]] / np.linalg.norm(joints[JOINT["thorax"]])
+        rise[people.groups[people[index]["group"]]].append(np.mean([thigh @ trunk for thigh in thighs]))
+    assert not rise["walking"] and not rise["reaching"] and all(len(rise[name]) > 4 for name in people.groups[:6])
+    assert np.mean(rise["standing"]) < -0.3 and np.mean(rise["sitting"]) > -0.2
 
 
 def test_no_scenes_and_other_sizes() -> None:
@@ -467,7 +506,6 @@ def test_skeleton_order_is_the_bodys() -> None:
 @pytest.mark.parametrize(
     "error, message, changes",
     [
-        (ValueError, "count: expected at least 0, got -1", {"count": -1}),
         (TypeError, "count: expected an integer, got float", {"count": 2.0}),
         (TypeError, "count: expected an integer, got bool", {"count": True}),
         (ValueError, "seed: expected at least 0, got -3", {"seed": -3}),
@@ -497,12 +535,17 @@ def test_skeleton_order_is_the_bodys() -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("make", [generate, SyntheticScenes])
-def test_bad_input(make: object, error: type[Exception], message: str, changes: dict[str, object]) -> None:
-    arguments = {"count": 1, "seed": 0} | changes
+@pytest.mark.parametrize("make", [generate, SyntheticPeople])
+def test_bad_input(make: Callable[..., object], error: type[Exception], message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(error) as raised:
-        make(arguments.pop("count"), **arguments)  # type: ignore[operator]
+        make(**({"count": 1, "seed": 0} | changes))
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(("make", "least"), [(generate, 0), (SyntheticPeople, 1)])
+def test_too_few(make: Callable[..., object], least: int) -> None:
+    with pytest.raises(ValueError, match=f"^count: expected at least {least}, got {least - 1}$"):
+        make(count=least - 1, seed=0)
 
 
 def test_bad_start() -> None:

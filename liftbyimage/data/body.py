@@ -111,6 +111,8 @@ _REACHING = {
     "knee_flex": (16.0, 14.0),
 }
 _POSTURES = tuple(_STANDING | change for change in ({}, _RAISED, _BENDING, _SITTING, _CROUCHING, _STRIKING))
+ACTIVITIES = ("standing", "arms raised", "bending", "sitting", "crouching", "striking", "walking", "reaching")
+"""What people do: the postures of motion "random", then the other motions."""
 _POSTURE_EDGES = np.cumsum((0.25, 0.17, 0.13, 0.15, 0.12))
 MOTIONS = ("mixed", "random", "walking", "reaching")
 _MIXED_EDGES = np.cumsum((0.6, 0.2))
@@ -232,20 +234,26 @@ def _sample_colours(cloth: Array, tone: Array, sleeves: Array) -> Array:
     return np.stack([by_name[name] for name in MATERIALS], axis=1)
 
 
-def sample_poses(people: People, generators: Generators, motion: str) -> dict[str, Array]:
-    """Joint angles in degrees, name -> [S], all within `LIMITS`.
+def sample_activities(generators: Generators, motion: str) -> NDArray[np.int64]:
+    """Draw what each person does within a motion of `MOTIONS`: indices of `ACTIVITIES` [S]."""
+    choice = uniform(generators, 2)
+    kind = _motion_kind(choice[:, 0], motion)  # [S] 0 random, 1 walking, 2 reaching
+    posture = np.searchsorted(_POSTURE_EDGES, choice[:, 1])
+    return np.where(kind == 0, posture, len(_POSTURES) - 1 + kind)
+
+
+def sample_poses(people: People, generators: Generators, activity: NDArray[np.int64]) -> dict[str, Array]:
+    """Joint angles in degrees, name -> [S], all within `LIMITS`; `activity` [S] are indices of `ACTIVITIES`.
 
     Each scene draws a few candidates and keeps the one whose limbs pass least through the rest of the body.
     """
     count, tries = len(generators), _CANDIDATES
-    choice = uniform(generators, 2)
-    kind = _motion_kind(choice[:, 0], motion)  # [S] 0 random, 1 walking, 2 reaching
     noise = normal(generators, tries, len(LIMITS)).reshape(count * tries, len(LIMITS))
     extra = uniform(generators, tries, 8).reshape(count * tries, 8)
-    kind, posture = np.repeat(kind, tries), np.repeat(np.searchsorted(_POSTURE_EDGES, choice[:, 1]), tries)
-    angles = _postures(np.where(kind == 0, posture, 0), noise)
-    _blend(angles, _walking(extra, noise), kind == 1)
-    _blend(angles, _reaching(extra, noise), kind == 2)
+    activity = np.repeat(activity, tries)
+    angles = _postures(activity, noise)
+    _blend(angles, _walking(extra, noise), activity == ACTIVITIES.index("walking"))
+    _blend(angles, _reaching(extra, noise), activity == ACTIVITIES.index("reaching"))
     angles = _within_limits(angles)
     points = pose_points({name: np.repeat(bone, tries) for name, bone in people.bones.items()}, angles)
     overlap = _self_overlap(points).reshape(count, tries)

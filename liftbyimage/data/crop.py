@@ -45,6 +45,22 @@ def _floating(values: Array, function: str, name: str, last: Sequence[int], join
     return values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)
 
 
+def crop_size(size: Sequence[int] | str) -> tuple[int, int]:
+    """(height, width) in px of two integers, or of text such as "256x192".
+
+    Raises:
+        ValueError: for anything else, and for a side of less than 8 px.
+    """
+    sides = [int(side) if side.isdecimal() else 0 for side in size.split("x")] if isinstance(size, str) else size
+    if (
+        not isinstance(sides, Sequence)
+        or len(sides) != 2
+        or not all(isinstance(side, (int, np.integer)) and side >= 8 for side in sides)
+    ):
+        raise ValueError(f"size: expected (height, width), each an integer of at least 8, got {size!r}")
+    return int(sides[0]), int(sides[1])
+
+
 def box_to_crop_matrix(box: ArrayLike, size: tuple[int, int] = CROP_SIZE, padding: float = 1.25) -> np.ndarray:
     """The affine map from full-image pixels to crop pixels.
 

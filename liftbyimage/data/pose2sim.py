@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from liftbyimage.data.camera import Camera
-from liftbyimage.data.crop import apply_affine, normalise_keypoints
+from liftbyimage.data.crop import CROP_SIZE, apply_affine, normalise_keypoints, read_image
+from liftbyimage.data.source import CorruptRecord, Source
 
 _LEVELS = 4
 
@@ -30,6 +32,13 @@ def load(root: str | Path) -> dict[str, np.ndarray]:
         )
     with np.load(root / "poses.npz", allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def _instants(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Each crop's rank in time among its camera's crops, int [N]."""
+    cameras, frames = arrays["camera"], arrays["frame"]
+    earlier = (cameras[:, None] == cameras) & (frames[:, None] > frames)  # [N, N]
+    return earlier.sum(axis=1)
 
 
 class Pose2SimDataset(Dataset[dict[str, Any]]):
@@ -95,13 +104,86 @@ class Pose2SimDataset(Dataset[dict[str, Any]]):
     def split_even_odd(self, camera: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the even and of the odd instants, of one camera or of all.
 
-        An instant is a crop's rank in time among its camera's crops: the cameras run in step, their frame
-        numbers do not.
+        The cameras run in step, their frame numbers do not: an instant is a rank.
         """
-        cameras, frames = self.arrays["camera"], self.arrays["frame"]
+        cameras, instant = self.arrays["camera"], _instants(self.arrays)
         if camera is not None and camera not in range(len(self.cameras)):
             raise ValueError(f"camera must be 0 to {len(self.cameras) - 1}, got {camera}")
-        earlier = (cameras[:, None] == cameras) & (frames[:, None] > frames)  # [N, N]
-        instant = earlier.sum(axis=1)
         chosen = np.ones(len(self), dtype=bool) if camera is None else cameras == camera
         return np.flatnonzero(chosen & (instant % 2 == 0)), np.flatnonzero(chosen & (instant % 2 == 1))
+
+
+_INSTANTS = {"all": (0, 1), "even": (0,), "odd": (1,)}
+
+
+class Pose2SimPeople(Source):
+    """The crops as records of 256×192 px, in the order of the files; nobody knows their masks.
+
+    `keypoints` are the detector's, `pose_3d` the triangulated joints. `groups` are the cameras by name.
+
+    Args:
+        root: the folder with poses.npz, features.npz and crops/.
+        instants: "all", or every other instant of each camera: "even" or "odd".
+        cameras: their numbers, as a list, as text such as "0+1", or one number; None takes all.
+    """
+
+    def __init__(
+        self, root: str | Path, *, instants: str = "all", cameras: Sequence[int] | str | int | None = None
+    ) -> None:
+        if instants not in _INSTANTS:
+            raise ValueError(f"instants: expected one of {', '.join(_INSTANTS)}, got {instants!r}")
+        arrays = load(root)
+        names = [str(name) for name in arrays["cam_name"]]
+        chosen = _camera_numbers(cameras, len(names))
+        parity = np.isin(_instants(arrays) % 2, _INSTANTS[instants])
+        rows = np.flatnonzero(parity & np.isin(arrays["camera"], chosen))  # [n]
+        joints = arrays["joints_3d"][rows]
+        camera = arrays["camera"][rows]
+        self.size, self.groups = CROP_SIZE, tuple(names[number] for number in chosen)
+        self._paths = [Path(root) / "crops" / f"{row:03d}.jpg" for row in rows]
+        self._keypoints = arrays["keypoints_h36m"][rows, :, :2].astype(np.float32)
+        self._crop_matrix = arrays["crop_matrix"][rows].astype(np.float64)
+        self._image_size = arrays["image_size"][camera].astype(np.float32)
+        self._pose_3d = (joints - joints[:, :1]).astype(np.float32)
+        self._group = [chosen.index(number) for number in camera]
+        self.description = {
+            "source": "pose2sim",
+            "instants": instants,
+            "cameras": chosen,
+            "bytes": {
+                path.name: path.stat().st_size for path in (Path(root) / "poses.npz", *self._paths) if path.exists()
+            },
+        }
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        return {
+            "image": self._picture(self._paths[index]),
+            "keypoints": self._keypoints[index].copy(),
+            "crop_matrix": self._crop_matrix[index].copy(),
+            "image_size": self._image_size[index].copy(),
+            "pose_3d": self._pose_3d[index].copy(),
+            "group": self._group[index],
+        }
+
+    def _picture(self, path: Path) -> np.ndarray:
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            raise CorruptRecord(str(error)) from None
+        if image.shape[:2] != self.size:
+            height, width = image.shape[:2]
+            raise CorruptRecord(f"image {path}: expected 192 px wide and 256 px high, got {width} and {height}")
+        return image
+
+
+def _camera_numbers(cameras: Sequence[int] | str | int | None, count: int) -> list[int]:
+    listed = cameras.split("+") if isinstance(cameras, str) else [cameras] if isinstance(cameras, int) else cameras
+    known = {str(number): number for number in range(count)}
+    numbers = list(known.values()) if listed is None else [known.get(str(number), -1) for number in listed]
+    if -1 in numbers or not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"cameras: expected different numbers from 0 to {count - 1}, such as 0+1, got {cameras!r}")
+    return sorted(numbers)

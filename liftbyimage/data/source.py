@@ -8,10 +8,11 @@ record for the same index every time, in every process. `open_source` makes one 
 from __future__ import annotations
 
 import importlib
+import inspect
+import json
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from torch.utils.data import Dataset
 
 # name → where its class is; imported when a source of that name is opened
@@ -89,6 +90,8 @@ class ReadableRecords(Dataset[dict[str, Any]]):
 def open_source(line: str, **options: Any) -> Source:
     """The source that a line names: ``NAME[:FOLDER][,OPTION=VALUE]…``, the options those of the source's class.
 
+    Values are numbers, ``true``, ``false`` and ``null`` as JSON writes them; everything else is text.
+
     Args:
         line: for example ``synthetic,count=4096,background=laboratory`` or ``human3.6m:/data/h36m,split=test``.
         options: more of them; the line's own come first.
@@ -98,18 +101,35 @@ def open_source(line: str, **options: Any) -> Source:
             itself refuses.
     """
     head, *pairs = line.split(",")
-    name, colon, folder = head.partition(":")
+    name, _, folder = head.partition(":")
     if name not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {name!r}")
-    given: dict[str, Any] = {}
+    module, _, kind = SOURCES[name].partition(":")
+    make = getattr(importlib.import_module(module), kind)
+    known = [option for option in inspect.signature(make).parameters if option != "root"]
+    reads_folder = "root" in inspect.signature(make).parameters
+    if reads_folder and not folder:
+        raise ValueError(f"source {line!r}: {name} needs its folder, as in {name}:FOLDER")
+    if folder and not reads_folder:
+        raise ValueError(f"source {line!r}: {name} reads no folder, got {folder!r}")
+    given = dict(options)
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise ValueError(f"source {line!r}: options must be OPTION=VALUE, got {pair!r}")
-        given[key] = yaml.safe_load(value) if value else ""
-    module, _, kind = SOURCES[name].partition(":")
-    make = getattr(importlib.import_module(module), kind)
+        given[key] = _value(value)
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ValueError(f"source {line!r}: {name} has no option {unknown[0]!r}, only {', '.join(known)}")
     try:
-        return make(*([folder] if colon else []), **{**options, **given})
+        return make(*([folder] if folder else []), **given)
     except TypeError as error:
         raise ValueError(f"source {line!r}: {error}") from None
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null, or else the text itself: YAML would read the clip 02_01 as the number 129."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
