@@ -201,3 +201,61 @@ def bench_report(
             typer.echo(f"Wrote {plot}.")
             return
         typer.echo(report.summary(results) if summary else report.table(results))
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and curves; a run that it holds goes on.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags come on top of it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="lift-by-image (the default), context-aware-poseformer or pose-only.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="LINE", help="What to train on, NAME[:FOLDER][,KEY=VALUE]…")
+    ] = None,
+    validate: Annotated[str | None, typer.Option(metavar="LINE", help="What to validate on.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of the first stage.")] = None,
+    stage2_epochs: Annotated[int | None, typer.Option(help="Of the second stage.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records of a step, over all processes.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The paper's by default.")] = None,
+    encoder: Annotated[str | None, typer.Option(metavar="NAME", help="hrnet-w32, hrnet-w48 or tiny.")] = None,
+    encoder_weights: Annotated[Path | None, typer.Option(help="Official HRNet weights to start from.")] = None,
+    init: Annotated[Path | None, typer.Option(help="A checkpoint to start from.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read records.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order, flips and dropout.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder to keep what stage 2 starts from.")] = None,
+    strict: Annotated[
+        bool | None, typer.Option("--strict", help="Stop at the first record that cannot be read.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as lifter.dim=64.")
+    ] = None,
+) -> None:
+    """Train a lifter; under torchrun, in several processes."""
+    flags = dict(locals())
+    with _mistakes_in_one_sentence():
+        _check_folder(out)
+        from liftbyimage.training import TrainingConfig, train
+
+        named = {key: value for key, value in flags.items() if key not in ("out", "config", "set_")}
+        overrides = {
+            key: str(value) if isinstance(value, Path) else value for key, value in named.items() if value is not None
+        }
+        trained = train(TrainingConfig.read(config, {**overrides, **_settings(set_ or [])}), out)
+        if not trained.finished:
+            typer.echo(f"Stopped; the same command goes on from {out / 'last.pt'}.")
+
+
+def _settings(pairs: list[str]) -> dict[str, object]:
+    """KEY=VALUE pairs, values as YAML."""
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
+        settings[key] = yaml.safe_load(value)
+    return settings

@@ -16,6 +16,7 @@ from liftbyimage.batches import Batch
 from liftbyimage.metrics import root_relative
 from liftbyimage.models import LiftByImage, Pipeline
 from liftbyimage.models.pipeline import Lifter
+from liftbyimage.nn import PoseGuidedLayer
 
 
 class Kept(NamedTuple):
@@ -31,13 +32,19 @@ class Stage(ABC):
 
     Attributes:
         name: as it appears in curves, checkpoints and messages.
+        measured: what the names of errors of its pose begin with in `evaluate.summarise`.
     """
 
     name: str
+    measured = ""
 
     @abstractmethod
     def parameters(self, pipeline: Pipeline) -> list[nn.Parameter]:
         """What it optimises."""
+
+    def has_idle_parameters(self, pipeline: Pipeline) -> bool:
+        """Whether some of them never get a gradient."""
+        return False
 
     @abstractmethod
     def train(self, pipeline: Pipeline) -> None:
@@ -68,9 +75,15 @@ class BroadQuery(Stage):
     """Stage 1 of Lifting by Image, with the encoder."""
 
     name = "stage 1"
+    measured = "coarse_"
 
     def parameters(self, pipeline: Pipeline) -> list[nn.Parameter]:
         return [*pipeline.encoder.parameters(), *pipeline.lifter.stage1_parameters()]
+
+    def has_idle_parameters(self, pipeline: Pipeline) -> bool:
+        """The head of an HRNet, and what guides patches in the last layer, for nobody reads them again."""
+        head = getattr(pipeline.encoder, "final_layer", None)
+        return head is not None or isinstance(pipeline.lifter.stage1[-1], PoseGuidedLayer)
 
     def train(self, pipeline: Pipeline) -> None:
         pipeline.train()

@@ -1,0 +1,107 @@
+"""The pipeline that a training run starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from liftbyimage import models
+from liftbyimage.checkpoint import load_state, official_hrnet, read_checkpoint
+from liftbyimage.models import ContextAwarePoseFormerConfig, LiftByImageConfig, Pipeline, PoseOnlyConfig
+from liftbyimage.training.config import TrainingConfig, check_values
+
+_LIFTER_CONFIGS = {
+    "lift-by-image": LiftByImageConfig,
+    "context-aware-poseformer": ContextAwarePoseFormerConfig,
+    "pose-only": PoseOnlyConfig,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A pipeline, and what `checkpoint.save_pipeline` must know of its encoder."""
+
+    pipeline: Pipeline
+    encoder: str | None
+    encoder_config: dict[str, Any]
+
+
+def build_pipeline(config: TrainingConfig, crop_size: tuple[int, int]) -> Start:
+    """The pipeline of a configuration for crops of `crop_size` (height, width), px; its seed draws new weights.
+
+    Raises:
+        TypeError, ValueError: settings that no encoder or lifter has, that do not fit each other or the crops, or files
+            that cannot be read.
+    """
+    init = None if config.init is None else read_checkpoint(config.init)
+    if init is not None and init["lifter"] != config.model:
+        raise ValueError(f"TrainingConfig: init {config.init} must hold a {config.model}, got {init['lifter']!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder, name, encoder_config = _encoder(config, init)
+        lifter = _lifter(config, init, encoder, crop_size)
+    if init is not None:
+        load_state(lifter, init["lifter_state"], f"init {config.init}: lifter")
+    return Start(Pipeline(encoder, lifter), name, encoder_config)
+
+
+def _encoder(
+    config: TrainingConfig, init: dict[str, Any] | None
+) -> tuple[nn.Module | None, str | None, dict[str, Any]]:
+    name = config.encoder or (init and init["encoder"])
+    settings = config.encoder_config or (init["encoder_config"] if init and name == init["encoder"] else {})
+    if name is None:
+        if config.encoder_weights is not None:
+            raise ValueError(f"TrainingConfig: encoder_weights must be None, for a {config.model} reads no image")
+        return None, None, {}
+    if config.encoder_weights is not None:
+        encoder = official_hrnet(config.encoder_weights, "encoder weights")
+        if name != f"hrnet-w{encoder.channels}":
+            raise ValueError(
+                f"encoder weights {config.encoder_weights} are of hrnet-w{encoder.channels}, "
+                f"but TrainingConfig: encoder is {name!r}"
+            )
+        return encoder, name, {"num_joints": encoder.num_joints}
+    try:
+        built = models.build_encoder(name, **settings)
+    except TypeError as error:
+        raise ValueError(f"TrainingConfig: encoder_config does not fit {name}: {error}") from None
+    if init is not None and init["encoder_state"] is not None:
+        load_state(built, init["encoder_state"], f"init {config.init}: encoder")
+    return built, name, dict(settings)
+
+
+def _lifter(
+    config: TrainingConfig, init: dict[str, Any] | None, encoder: nn.Module | None, crop_size: tuple[int, int]
+) -> nn.Module:
+    check_values("TrainingConfig: lifter", _LIFTER_CONFIGS[config.model], config.lifter)
+    needed = _decided_by_the_encoder(config.model, encoder, crop_size)
+    given = {**(init["lifter_config"] if init else {}), **config.lifter}
+    for key, value in needed.items():
+        if list_of(given.get(key, value)) != list_of(value):
+            height, width = crop_size
+            raise ValueError(
+                f"TrainingConfig: lifter.{key} must be {list_of(value)} for this encoder and crops of {height}x{width} "
+                f"px, got {list_of(given[key])}"
+            )
+    return models.build(config.model, **{**given, **needed})
+
+
+def _decided_by_the_encoder(model: str, encoder: nn.Module | None, crop_size: tuple[int, int]) -> dict[str, Any]:
+    if model == "lift-by-image":
+        grid = tuple(side // encoder.stride for side in crop_size)
+        return {"image_channels": encoder.channels, "grid": grid}
+    if model == "context-aware-poseformer":
+        if not hasattr(encoder, "branch_channels"):
+            raise ValueError(
+                "TrainingConfig: encoder must be an HRNet for a context-aware-poseformer, which reads its four branches"
+            )
+        return {"channels": encoder.branch_channels}
+    return {}
+
+
+def list_of(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,392 @@
+"""The training loop: stages, epochs, steps.
+
+What is random is a function of the seed and of where in the run it is drawn (stage, epoch, step, process), never of
+what was drawn before: a run that continues from `last.pt`, even from the middle of an epoch, is the run that was never
+interrupted, bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from liftbyimage._files import write_atomically
+from liftbyimage.checkpoint import save_atomically, save_pipeline
+from liftbyimage.data.source import ReadableRecords, Source, open_source
+from liftbyimage.models import Pipeline
+from liftbyimage.training.build import build_pipeline
+from liftbyimage.training.config import MAY_CHANGE, TrainingConfig
+from liftbyimage.training.distributed import Processes, processes
+from liftbyimage.training.feed import (
+    DROPOUT,
+    Batches,
+    Part,
+    mirrored_records,
+    parts_from_cache,
+    parts_from_records,
+    record_loader,
+    seed_of,
+)
+from liftbyimage.training.log import Log
+from liftbyimage.training.loss import StageLoss
+from liftbyimage.training.signals import StopRequest
+from liftbyimage.training.stages import FocusedExploration, Stage, stages_of
+
+FORMAT = "liftbyimage-training-1"
+LAST, BEST, MODEL, CONFIG, CURVES = "last.pt", "best.pt", "model.pt", "config.yaml", "curves.json"
+
+
+class Trained(NamedTuple):
+    """How a call of `train` ended."""
+
+    finished: bool  # False: it was asked to stop, and OUT/last.pt continues it
+    curves: dict[str, Any]  # as OUT/curves.json
+    best_mpjpe_mm: float | None  # of OUT/best.pt; None without validation
+
+
+@dataclass
+class Place:
+    """Where a run stands: `step` steps of `epoch` of `stage` are done. All count from 0."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass
+class StageWork:
+    """What lives as long as a stage."""
+
+    stage: Stage
+    epochs: int
+    model: nn.Module  # a part of a step in, its loss out
+    parameters: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    average: AveragedModel | None
+    batches: Batches
+
+
+def train(
+    config: TrainingConfig,
+    out: str | os.PathLike[str],
+    *,
+    source: Source | None = None,
+    validation: Source | None = None,
+    resume: bool = True,
+    console: Console | None = None,
+) -> Trained:
+    """Train a lifter, and leave in `out`
+
+    - `model.pt`, the trained pipeline, and `best.pt`, the one of the last stage with the best validation MPJPE, as
+      `checkpoint.load_pipeline` reads them;
+    - `last.pt`, all that continues the run, written at every epoch's end and every `config.save_every_minutes`;
+    - `config.yaml`, `curves.json` (every step's loss, every epoch's validation) and `tensorboard/`.
+
+    Where `out` holds a `last.pt` the run continues from it, bit by bit as if it had never stopped. SIGTERM, or Ctrl-C
+    once, ends it after the step at hand. Called in every process that torchrun starts, it trains in all of them.
+
+    Args:
+        source, validation: sources in place of those that `config.data` and `config.validate` name.
+        resume: False starts anew, and what `out` holds is replaced.
+        console: where to write; standard error by default.
+
+    Raises:
+        ValueError: a source without true poses, settings that do not fit, `last.pt` of another run, a loss that is not
+            finite, or, with `config.strict`, a record that cannot be read.
+    """
+    source = source or _open(config.data, "data")
+    if validation is None and config.validate is not None:
+        validation = _open(config.validate, "validate")
+    with processes(config.device) as group, StopRequest() as stop:
+        devices = [group.device] if group.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return Trainer(config, Path(out), source, validation, group, stop, console).run(resume)
+
+
+def _open(line: str | None, key: str) -> Source:
+    if line is None:
+        raise ValueError(f"TrainingConfig: {key} must name a source, got None")
+    return open_source(line)
+
+
+def learning_rate(config: TrainingConfig, place: Place, steps: int, epochs: int) -> float:
+    """The rate of a step of a stage of `epochs` epochs of `steps` steps: warm-up times schedule."""
+    done = place.epoch * steps + place.step
+    rise = min(1.0, (done + 1) / config.warm_up) if config.warm_up else 1.0
+    if config.schedule == "step":
+        return config.learning_rate * rise * config.decay ** (place.epoch // config.decay_every)
+    progress = max(0, done - config.warm_up) / max(1, epochs * steps - config.warm_up)
+    return config.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Trainer:
+    """One run: its weights, its place, and the methods that move both on, from the whole down to a step."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        out: Path,
+        source: Source,
+        validation: Source | None,
+        group: Processes,
+        stop: StopRequest,
+        console: Console | None,
+    ) -> None:
+        self.config, self.out, self.source, self.validation = config, out, source, validation
+        self.group, self.stop = group, stop
+        _check_truth(source, "data")
+        start = build_pipeline(config, source.size)
+        self.encoder_name, self.encoder_config = start.encoder, start.encoder_config
+        self.pipeline = start.pipeline.to(group.device)
+        group.synchronise_batch_norm(self.pipeline)
+        self.stages = stages_of(self.pipeline.lifter)
+        self.epochs = (config.epochs, config.stage2_epochs)[: len(self.stages)]
+        self.steps = -(-len(source) // config.batch_size)  # of an epoch
+        self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.precision == "float16")
+        self.place = Place()
+        self.best: float | None = None
+        self.curves: dict[str, Any] = {"loss": {stage.name: [] for stage in self.stages}, "validation": []}
+        self.restored: dict[str, Any] | None = None  # of last.pt, until the stage it was written in has taken it
+        self.saved_at = time.monotonic()
+        self.log = Log(out, group, console)
+
+    def run(self, resume: bool) -> Trained:
+        if resume:
+            self._restore()
+        if self.group.first:
+            self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
+        with self.log.open(self._global_step()):
+            finished = all(self._run_stage(number) for number in range(self.place.stage, len(self.stages)))
+            if finished:
+                self._save_pipeline(MODEL, self.pipeline)
+                self._save(None)
+        return Trained(finished, self.curves, self.best)
+
+    def _run_stage(self, number: int) -> bool:
+        """False if the run was asked to stop."""
+        if self.epochs[number]:
+            work = self._begin_stage(number)
+            feed = self._feed(work)
+            while self.place.epoch < work.epochs:
+                if not self._run_epoch(work, feed):
+                    return False
+                self._validate(work)
+                self.place = Place(number, self.place.epoch + 1)
+            if work.average is not None:  # what was validated is what the next stage builds on
+                self.pipeline.load_state_dict(work.average.module.state_dict())
+        self.place = Place(number + 1)
+        return True
+
+    def _begin_stage(self, number: int) -> StageWork:
+        config, stage = self.config, self.stages[number]
+        parameters = stage.parameters(self.pipeline)
+        self.pipeline.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_()
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimiser]
+        optimiser = kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        average = None
+        if config.ema is not None:
+            average = AveragedModel(self.pipeline, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        if self.restored is not None:
+            optimiser.load_state_dict(self.restored["optimiser"])
+            self.scaler.load_state_dict(self.restored["scaler"])
+            if average is not None:
+                average.load_state_dict(self.restored["average"])
+            self.restored = None
+        loss = StageLoss(self.pipeline, stage, config.loss, config.precision)
+        model = self.group.parallel(loss, stage.has_idle_parameters(self.pipeline))
+        batches = Batches(config, len(self.source), number, self.group.rank, self.group.world)
+        return StageWork(stage, self.epochs[number], model, parameters, optimiser, average, batches)
+
+    def _feed(self, work: StageWork) -> Any:
+        """A function of the epoch's mirrored records that gives the parts of its steps, in order."""
+        config, device = self.config, self.group.device
+        if config.cache is not None and isinstance(work.stage, FocusedExploration):
+            from liftbyimage.training.stage2_cache import Stage2Cache
+
+            cache = Stage2Cache.open(
+                config.cache,
+                self.pipeline,
+                self.source,
+                flip=config.flip,
+                batch_size=config.batch_size,
+                workers=config.workers,
+                device=device,
+                strict=config.strict,
+                rank=self.group.rank,
+                world=self.group.world,
+            )
+            return lambda mirrored: parts_from_cache(cache, work.batches, mirrored, device)
+        loader = record_loader(self.source, work.batches, config)
+        return lambda mirrored: parts_from_records(loader, self.pipeline.lifter, mirrored, device)
+
+    def _run_epoch(self, work: StageWork, feed: Any) -> bool:
+        """The steps of the epoch at hand that are not done yet; False if the run was asked to stop."""
+        place = self.place
+        if place.step == self.steps:  # continued between the last step and validation
+            return True
+        work.stage.train(self.pipeline)
+        work.batches.start(place.epoch, place.step)
+        parts = iter(feed(mirrored_records(self.config, len(self.source), place.stage, place.epoch)))
+        self.log.begin_epoch(work.stage.name, place, work.epochs, self.steps)
+        stopping = False
+        while place.step < self.steps and not stopping:
+            stopping = self._step(work, islice(parts, work.batches.parts(place.step)))
+            place.step += 1
+            if stopping or place.step == self.steps or self._saving_is_due():
+                self._save(work)
+        self.log.end_epoch()
+        return not stopping
+
+    def _step(self, work: StageWork, parts: Iterator[Part]) -> bool:
+        """One step, from records to the optimiser; True if any process was asked to stop."""
+        config, group, place = self.config, self.group, self.place
+        started = time.perf_counter()
+        rate = learning_rate(config, place, self.steps, work.epochs)
+        for settings in work.optimiser.param_groups:
+            settings["lr"] = rate
+        work.optimiser.zero_grad()
+        samples, last = work.batches.samples(place.step), work.batches.parts(place.step) - 1
+        loss, problems = 0.0, 0
+        for number, part in enumerate(parts):
+            draw = (place.stage, place.epoch, place.step, number, group.rank)
+            torch.manual_seed(seed_of(config.seed, DROPOUT, *draw))
+            with nullcontext() if number == last else group.local(work.model):
+                part_loss = work.model(part)  # summed over the part's samples
+                # DistributedDataParallel will divide the sum of all processes' gradients by their number.
+                self.scaler.scale(part_loss * (group.world / samples)).backward()
+            loss += part_loss.item()
+            problems += len(part.problems)
+            self.log.problems(part.problems)
+        loss, problems, stopping = group.add_up([loss / samples, problems, self.stop.requested])
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"{work.stage.name}, epoch {place.epoch + 1}, step {place.step + 1}: the loss is {loss}; "
+                f"{self.out / LAST} stays as it was before"
+            )
+        if config.clip_norm is not None:
+            self.scaler.unscale_(work.optimiser)
+            nn.utils.clip_grad_norm_(work.parameters, config.clip_norm)
+        self.scaler.step(work.optimiser)
+        self.scaler.update()
+        if work.average is not None:
+            work.average.update_parameters(self.pipeline)
+        self.curves["loss"][work.stage.name].append(loss)
+        self.log.step(self._global_step(), loss, rate, time.perf_counter() - started, int(problems))
+        return bool(stopping)
+
+    def _validate(self, work: StageWork) -> None:
+        """Measure the epoch's weights, and keep them if they are the best of the last stage."""
+        if self.validation is None:
+            self._write_curves()
+            return
+        from liftbyimage.training.validation import validate
+
+        pipeline = self.pipeline if work.average is None else work.average.module
+        errors = validate(pipeline, work.stage, self.validation, self.config, self.group)
+        where = {"stage": work.stage.name, "epoch": self.place.epoch + 1, "step": self._global_step()}
+        self.curves["validation"].append({**where, **errors})
+        self._write_curves()
+        self.log.validated(self._global_step(), errors, pipeline, self.validation)
+        if work.stage is self.stages[-1] and (self.best is None or errors["mpjpe_mm"] < self.best):
+            self.best = errors["mpjpe_mm"]
+            self._save_pipeline(BEST, pipeline)
+
+    def _global_step(self) -> int:
+        """How many steps are done in all stages: where curves stand."""
+        before = sum(self.epochs[: self.place.stage])
+        return (before + self.place.epoch) * self.steps + self.place.step
+
+    def _saving_is_due(self) -> bool:
+        return time.monotonic() - self.saved_at >= 60 * self.config.save_every_minutes
+
+    def _save(self, work: StageWork | None) -> None:
+        """Write last.pt: all that continues the run from its place."""
+        self.saved_at = time.monotonic()
+        if not self.group.first:
+            return
+        average = None if work is None or work.average is None else work.average.state_dict()
+        state = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "data": _plain(self.source.description),
+            "place": asdict(self.place),
+            "pipeline": self.pipeline.state_dict(),
+            "optimiser": None if work is None else work.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": average,
+            "curves": self.curves,
+            "best": self.best,
+        }
+        save_atomically(state, self.out / LAST)
+        self._write_curves()
+
+    def _restore(self) -> None:
+        """Take up last.pt where there is one."""
+        path = self.out / LAST
+        state = self.group.share(_read_last(path, self.config, self.source) if self.group.first else None)
+        if state is None:
+            return
+        self.pipeline.load_state_dict(state["pipeline"])
+        self.place = Place(**state["place"])
+        self.curves, self.best = state["curves"], state["best"]
+        self.restored = state if state["optimiser"] is not None else None
+        self.log.say(f"Continuing {path} at step {self._global_step()}.")
+
+    def _save_pipeline(self, name: str, pipeline: Pipeline) -> None:
+        if self.group.first:
+            save_pipeline(pipeline, self.out / name, encoder=self.encoder_name, encoder_config=self.encoder_config)
+
+    def _write_curves(self) -> None:
+        if self.group.first:
+            self._write(CURVES, json.dumps(self.curves, indent=1))
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self.out / name, lambda file: file.write(text.encode()))
+
+
+def _check_truth(source: Source, key: str) -> None:
+    if "pose_3d" not in ReadableRecords(source)[0]:
+        raise ValueError(f"train: the records of {key} must have true poses (pose_3d), got records without")
+
+
+def _read_last(path: Path, config: TrainingConfig, source: Source) -> dict[str, Any] | None:
+    """last.pt of the same run; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken or foreign file
+        raise ValueError(f"{path}: not a readable PyTorch file of plain values") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected what training writes ({FORMAT!r}), got another file")
+    now, before = config.to_dict(), state["config"]
+    other = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
+    if other:
+        raise ValueError(
+            f"{path} is of a run with other settings, choose another folder for this one: "
+            + ", ".join(f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in other)
+        )
+    if state["data"] != _plain(source.description):
+        raise ValueError(f"{path} is of a run on other data: {state['data']!r} there, {source.description!r} here")
+    return state
+
+
+def _plain(description: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(dict(description)))
