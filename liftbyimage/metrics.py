@@ -188,13 +188,39 @@ def hull_mask(
     import cv2  # heavy, and wanted here alone: models import this module
 
     corners = cv2.convexHull(points)[:, 0].astype(np.float64)  # [N, 2], in order around the hull
-    rows, columns = np.mgrid[: size[0], : size[1]]
-    pixels = np.stack([columns, rows], axis=-1).astype(np.float64)[:, :, None]  # [H, W, 1, 2]
-    edges = np.roll(corners, -1, axis=0) - corners  # [N, 2]
-    offset = pixels - corners  # [H, W, N, 2]
-    length = np.maximum((edges**2).sum(axis=-1), np.finfo(np.float64).tiny)
-    along = np.clip((offset * edges).sum(axis=-1) / length, 0.0, 1.0)  # [H, W, N]
-    distance = np.linalg.norm(offset - along[..., None] * edges, axis=-1).min(axis=-1)  # [H, W]
-    side = edges[:, 0] * offset[..., 1] - edges[:, 1] * offset[..., 0]  # [H, W, N]
-    inside = len(corners) > 2 and ((side >= 0).all(axis=-1) | (side <= 0).all(axis=-1))
-    return torch.from_numpy(inside | (distance <= radius))
+    return torch.from_numpy(_within(corners, radius, size))
+
+
+_BLOCK = 8  # px
+
+
+def _within(corners: np.ndarray, radius: float, size: tuple[int, int]) -> np.ndarray:
+    """Which pixels of a mask lie in a hull or within `radius` of it, bool [height, width].
+
+    The distance to the hull changes by no more than the way one goes, so that most blocks of pixels lie inside or
+    outside as their centre does, with room to spare; the pixels of the others are looked at one by one.
+    """
+    rows, columns = (-(-side // _BLOCK) for side in size)
+    centre, half_diagonal = (_BLOCK - 1) / 2, (_BLOCK - 1) / 2**0.5
+    y, x = (axis.ravel() * _BLOCK + centre for axis in np.mgrid[:rows, :columns])  # [blocks]
+    inside, distance = _to_hull(corners, x, y)
+    beyond = np.where(inside, -distance, distance) - max(radius, 0.0)
+    decided = np.abs(beyond) > half_diagonal + 0.1  # a tenth of a pixel for rounding
+    mask = np.kron((beyond <= 0).reshape(rows, columns), np.ones((_BLOCK, _BLOCK), dtype=bool))[: size[0], : size[1]]
+    open_ = np.kron(~decided.reshape(rows, columns), np.ones((_BLOCK, _BLOCK), dtype=bool))[: size[0], : size[1]]
+    y, x = np.nonzero(open_)
+    inside, distance = _to_hull(corners, x, y)
+    mask[y, x] = inside | (distance <= radius)
+    return mask
+
+
+def _to_hull(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of points [M] in px, whether each lies in the hull of `corners` [N, 2], and its distance to the outline."""
+    (corner_x, corner_y), (edge_x, edge_y) = corners.T[..., None], (np.roll(corners, -1, axis=0) - corners).T[..., None]
+    length = np.maximum(edge_x**2 + edge_y**2, np.finfo(np.float64).tiny)  # [N, 1], squared
+    to_x, to_y = x - corner_x, y - corner_y  # [N, M]
+    along = np.clip((to_x * edge_x + to_y * edge_y) / length, 0.0, 1.0)
+    distance = np.sqrt(((to_x - along * edge_x) ** 2 + (to_y - along * edge_y) ** 2).min(axis=0))  # [M]
+    side = edge_x * to_y - edge_y * to_x  # [N, M]
+    inside = ((side >= 0).all(axis=0) | (side <= 0).all(axis=0)) & (len(corners) > 2)
+    return inside, distance

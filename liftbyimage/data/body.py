@@ -118,6 +118,9 @@ MOTIONS = ("mixed", "random", "walking", "reaching")
 _MIXED_EDGES = np.cumsum((0.6, 0.2))
 _CANDIDATES = 4
 
+SIDES = {"left": 1.0, "right": -1.0}
+"""Which way each side lies along the body's y axis."""
+
 _SIDE_POINTS = ("hand", "heel", "toe", "pelvis", "waist", "chest")
 _EXTRA_POINTS = (
     *(f"{side}_{name}" for side in ("left", "right") for name in _SIDE_POINTS),
@@ -169,6 +172,22 @@ class People:
     radii: Array  # [S, C, 2] of the capsules' two ends
     flesh: Array  # [S, 17] how deep each joint lies under its own surface
     colours: Array  # [S, len(MATERIALS), 3]
+
+    def resized(self, stature: Array) -> People:
+        """The same people, grown or shrunk in proportion to these statures [S]."""
+        factor = stature / self.stature
+        return People(
+            stature=stature,
+            bones={name: bone * factor for name, bone in self.bones.items()},
+            radii=self.radii * factor[:, None, None],
+            flesh=self.flesh * factor[:, None],
+            colours=self.colours,
+        )
+
+    def take(self, index: NDArray[np.int64]) -> People:
+        """The people of these indices [S'], each as often as it is named."""
+        bones = {name: bone[index] for name, bone in self.bones.items()}
+        return People(self.stature[index], bones, self.radii[index], self.flesh[index], self.colours[index])
 
 
 def normal(generators: Generators, *shape: int) -> Array:
@@ -331,8 +350,8 @@ def _within_limits(angles: Angles) -> dict[str, Array]:
     return limited
 
 
-def _about(axis: str, degrees: Array) -> Array:
-    """Right-handed rotations about one axis, [S, 3, 3]."""
+def about(axis: str, degrees: Array) -> Array:
+    """Right-handed rotations about one axis, "x", "y" or "z", [S, 3, 3]."""
     i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
     radians = np.radians(degrees)
     rotation = np.zeros((len(radians), 3, 3))
@@ -343,24 +362,33 @@ def _about(axis: str, degrees: Array) -> Array:
     return rotation
 
 
-def _offset(rotation: Array, forward: Length = 0.0, left: Length = 0.0, up: Length = 0.0) -> Array:
+def offset(rotation: Array, forward: Length = 0.0, left: Length = 0.0, up: Length = 0.0) -> Array:
+    """Steps [S, 3] along axes [S, 3, 3] whose columns point forward, left and up."""
     lengths = (np.asarray(length)[..., None] for length in (forward, left, up))
     return sum((length * rotation[:, :, i] for i, length in enumerate(lengths)), np.zeros(rotation.shape[:2]))
 
 
+SKULL_BASE = 0.75
+"""Where the skull begins, as a share of the neck's length."""
+
+
 def pose_points(bones: Lengths, angles: Angles) -> Array:
     """Forward kinematics: all `POINT_NAMES` in body axes, pelvis at the origin, [S, N, 3], metres."""
-    pelvis = _about("y", angles["pelvis_pitch"]) @ _about("x", angles["pelvis_roll"])
+    pelvis = about("y", angles["pelvis_pitch"]) @ about("x", angles["pelvis_roll"])
     at = {"pelvis": np.zeros(pelvis.shape[:2])}
     half = {name: angles[f"spine_{name}"] / 2 for name in ("flex", "side", "twist")}
-    bend = _about("y", half["flex"]) @ _about("x", half["side"]) @ _about("z", half["twist"])
+    bend = about("y", half["flex"]) @ about("x", half["side"]) @ about("z", half["twist"])
     waist = pelvis @ bend
     chest = waist @ bend
-    at["spine"] = _offset(waist, up=bones["lower_spine"])
-    at["thorax"] = at["spine"] + _offset(chest, up=bones["upper_spine"])
+    at["spine"] = offset(waist, up=bones["lower_spine"])
+    at["thorax"] = at["spine"] + offset(chest, up=bones["upper_spine"])
     _pose_head(at, bones, angles, chest)
-    for side, sign in (("left", 1.0), ("right", -1.0)):
-        _pose_trunk_side(at, bones, side, sign, pelvis, waist, chest)
+    for side, sign in SIDES.items():
+        at[f"{side}_hip"] = offset(pelvis, left=sign * bones["hip"])
+        at[f"{side}_shoulder"] = at["thorax"] + offset(
+            chest, left=sign * bones["shoulder"], up=-0.08 * bones["upper_spine"]
+        )
+        add_trunk_side(at, bones, side, pelvis, waist, chest)
         _pose_leg(at, bones, angles, side, sign, pelvis)
         _pose_arm(at, bones, angles, side, sign, chest)
     return np.stack([at[name] for name in POINT_NAMES], axis=1)
@@ -368,49 +396,56 @@ def pose_points(bones: Lengths, angles: Angles) -> Array:
 
 def _pose_head(at: Points, bones: Lengths, angles: Angles, chest: Array) -> None:
     flex, side, twist = (angles[f"neck_{name}"] for name in ("flex", "side", "twist"))
-    turn = _about("y", flex) @ _about("x", side) @ _about("z", twist)
-    head, neck, length = chest @ turn, bones["neck"], bones["head"]
+    turn = about("y", flex) @ about("x", side) @ about("z", twist)
+    add_head(at, bones, at["thorax"], chest @ turn)
+
+
+def add_head(at: Points, bones: Lengths, base: Array, head: Array) -> None:
+    """Nose, head and the skull's points, from the base [S, 3] of the neck and the head's axes [S, 3, 3]."""
+    neck, length = bones["neck"], bones["head"]
     lean = np.sqrt(1 - _RISE**2)
-    at["nose"] = at["thorax"] + _offset(head, forward=lean * neck, up=_RISE * neck)
-    at["head"] = at["nose"] + _offset(head, forward=-lean * length, up=_RISE * length)
-    at["skull_low"] = at["thorax"] + _offset(head, forward=0.12 * neck, up=0.75 * neck)
-    at["skull_high"] = at["head"] + _offset(head, forward=0.05 * length, up=-0.4 * length)
-    at["nose_root"] = at["nose"] + _offset(head, forward=-0.15 * length, up=0.15 * length)
+    at["nose"] = base + offset(head, forward=lean * neck, up=_RISE * neck)
+    at["head"] = at["nose"] + offset(head, forward=-lean * length, up=_RISE * length)
+    at["skull_low"] = base + offset(head, forward=0.12 * neck, up=SKULL_BASE * neck)
+    at["skull_high"] = at["head"] + offset(head, forward=0.05 * length, up=-0.4 * length)
+    at["nose_root"] = at["nose"] + offset(head, forward=-0.15 * length, up=0.15 * length)
 
 
-def _pose_trunk_side(
-    at: Points, bones: Lengths, side: str, sign: float, pelvis: Array, waist: Array, chest: Array
-) -> None:
+def add_trunk_side(at: Points, bones: Lengths, side: str, pelvis: Array, waist: Array, chest: Array) -> None:
+    """One side's points of the trunk's flesh, from spine, thorax, and the axes [S, 3, 3] of the trunk's parts."""
     hip, shoulder, upper = bones["hip"], bones["shoulder"], bones["upper_spine"]
-    at[f"{side}_hip"] = _offset(pelvis, left=sign * hip)
-    at[f"{side}_pelvis"] = _offset(pelvis, left=sign * 0.5 * hip, up=0.1 * upper)
-    at[f"{side}_waist"] = at["spine"] + _offset(waist, left=sign * 0.36 * hip)
-    at[f"{side}_chest"] = at["thorax"] + _offset(chest, left=sign * 0.42 * shoulder, up=-0.36 * upper)
-    at[f"{side}_shoulder"] = at["thorax"] + _offset(chest, left=sign * shoulder, up=-0.08 * upper)
+    sign = SIDES[side]
+    at[f"{side}_pelvis"] = offset(pelvis, left=sign * 0.5 * hip, up=0.1 * upper)
+    at[f"{side}_waist"] = at["spine"] + offset(waist, left=sign * 0.36 * hip)
+    at[f"{side}_chest"] = at["thorax"] + offset(chest, left=sign * 0.42 * shoulder, up=-0.36 * upper)
 
 
 def _pose_leg(at: Points, bones: Lengths, angles: Angles, side: str, sign: float, pelvis: Array) -> None:
     angle = {name: angles[f"{side}_{name}"] for name in ("hip_flex", "hip_abduct", "hip_rotate", "knee_flex")}
-    swing = _about("y", -angle["hip_flex"]) @ _about("x", sign * angle["hip_abduct"])
-    thigh = pelvis @ swing @ _about("z", sign * angle["hip_rotate"])
-    shank = thigh @ _about("y", angle["knee_flex"])
-    foot = shank @ _about("y", angles[f"{side}_ankle_flex"])
-    at[f"{side}_knee"] = at[f"{side}_hip"] + _offset(thigh, up=-bones["thigh"])
-    at[f"{side}_ankle"] = at[f"{side}_knee"] + _offset(shank, up=-bones["shank"])
+    swing = about("y", -angle["hip_flex"]) @ about("x", sign * angle["hip_abduct"])
+    thigh = pelvis @ swing @ about("z", sign * angle["hip_rotate"])
+    shank = thigh @ about("y", angle["knee_flex"])
+    at[f"{side}_knee"] = at[f"{side}_hip"] + offset(thigh, up=-bones["thigh"])
+    at[f"{side}_ankle"] = at[f"{side}_knee"] + offset(shank, up=-bones["shank"])
+    add_foot(at, bones, side, shank @ about("y", angles[f"{side}_ankle_flex"]))
+
+
+def add_foot(at: Points, bones: Lengths, side: str, foot: Array) -> None:
+    """Heel and toe, from the ankle and the foot's axes [S, 3, 3]."""
     length, drop = bones["foot"], bones["sole"]
-    at[f"{side}_heel"] = at[f"{side}_ankle"] + _offset(foot, forward=-0.08 * length, up=-0.4 * drop)
-    at[f"{side}_toe"] = at[f"{side}_ankle"] + _offset(foot, forward=0.65 * length, up=-0.55 * drop)
+    at[f"{side}_heel"] = at[f"{side}_ankle"] + offset(foot, forward=-0.08 * length, up=-0.4 * drop)
+    at[f"{side}_toe"] = at[f"{side}_ankle"] + offset(foot, forward=0.65 * length, up=-0.55 * drop)
 
 
 def _pose_arm(at: Points, bones: Lengths, angles: Angles, side: str, sign: float, chest: Array) -> None:
     plane = sign * angles[f"{side}_shoulder_plane"]
-    lift = _about("x", sign * angles[f"{side}_shoulder_elevate"])
-    swing = _about("z", -plane) @ lift @ _about("z", plane)
-    upper = chest @ swing @ _about("z", -sign * angles[f"{side}_shoulder_rotate"])
-    lower = upper @ _about("y", -angles[f"{side}_elbow_flex"])
-    at[f"{side}_elbow"] = at[f"{side}_shoulder"] + _offset(upper, up=-bones["upper_arm"])
-    at[f"{side}_wrist"] = at[f"{side}_elbow"] + _offset(lower, up=-bones["forearm"])
-    at[f"{side}_hand"] = at[f"{side}_wrist"] + _offset(lower, up=-bones["hand"])
+    lift = about("x", sign * angles[f"{side}_shoulder_elevate"])
+    swing = about("z", -plane) @ lift @ about("z", plane)
+    upper = chest @ swing @ about("z", -sign * angles[f"{side}_shoulder_rotate"])
+    lower = upper @ about("y", -angles[f"{side}_elbow_flex"])
+    at[f"{side}_elbow"] = at[f"{side}_shoulder"] + offset(upper, up=-bones["upper_arm"])
+    at[f"{side}_wrist"] = at[f"{side}_elbow"] + offset(lower, up=-bones["forearm"])
+    at[f"{side}_hand"] = at[f"{side}_wrist"] + offset(lower, up=-bones["hand"])
 
 
 def _segment_distance(point: Array, start: Array, end: Array) -> Array:
@@ -446,7 +481,7 @@ def _self_overlap(points: Array) -> Array:
 
 def stand(points: Array, radii: Array, heading: Array, place: Array) -> Array:
     """World points, z up: people turned by `heading` degrees, standing on the floor at `place` [S, 2]."""
-    world: Array = points @ _about("z", heading).transpose(0, 2, 1)
+    world: Array = points @ about("z", heading).transpose(0, 2, 1)
     lowest = (world[:, CAPSULE_ENDS, 2] - radii).min(axis=(1, 2))
     world += np.concatenate([place, -lowest[:, None]], axis=1)[:, None]
     return world

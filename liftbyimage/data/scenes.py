@@ -64,6 +64,10 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.image)
 
+    def scene(self, index: int) -> dict[str, Tensor]:
+        """One scene's tensors by field name, without the leading dimension."""
+        return {field.name: getattr(self, field.name)[index] for field in fields(self)}
+
     @classmethod
     def join(cls, batches: Sequence[Scenes]) -> Scenes:
         """One batch of all, in order."""
@@ -289,8 +293,8 @@ class RenderedPeople(Source):
         self._count, self._cache = count, cache
         self._batches: dict[int, dict[str, NDArray[Any]]] = {}
 
-    def _make(self, numbers: range) -> tuple[Scenes, Sequence[int]]:
-        """The scenes of these records, and the group of each."""
+    def _make(self, numbers: range) -> tuple[Scenes, NDArray[np.int64]]:
+        """The scenes of these records, and the group of each [S]."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -319,9 +323,9 @@ class RenderedPeople(Source):
             "image": scenes.image.numpy(),
             "keypoints": keypoints.astype(np.float32),
             "crop_matrix": crop_matrix,
-            "image_size": np.tile(np.float32(FRAME_SIZE), (len(numbers), 1)),
+            "image_size": np.tile(np.array(FRAME_SIZE, np.float32), (len(numbers), 1)),
             "pose_3d": scenes.pose_3d.numpy(),
-            "group": np.asarray(groups),
+            "group": groups,
             "mask": scenes.mask.numpy(),
         }
 

@@ -122,9 +122,10 @@ def open_source(line: str, **options: Any) -> Source:
     if unknown:
         raise ValueError(f"source {line!r}: {name} has no option {unknown[0]!r}, only {', '.join(known)}")
     try:
-        return make(*([folder] if folder else []), **given)
+        source: Source = make(*([folder] if folder else []), **given)
     except TypeError as error:
         raise ValueError(f"source {line!r}: {error}") from None
+    return source
 
 
 def _value(text: str) -> Any:

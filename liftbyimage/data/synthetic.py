@@ -113,8 +113,8 @@ class SyntheticPeople(RenderedPeople):
         super().__init__(count, body.ACTIVITIES, scene.size, cache)
         self.description = {
             "source": "synthetic",
-            "count": count,
-            "seed": seed,
+            "count": int(count),
+            "seed": int(seed),
             "motion": motion,
             **scene.description(),
         }
