@@ -31,8 +31,9 @@ from liftbyimage.batches import make_batch
 from liftbyimage.checkpoint import load_pipeline, save_atomically, save_pipeline
 from liftbyimage.data.crop import normalise_keypoints
 from liftbyimage.data.synthetic import SyntheticPeople, generate
-from liftbyimage.metrics import background_attention, mpjpe, p_mpjpe, root_relative
-from liftbyimage.models import LiftByImage, LiftByImageConfig, LiftedPose, Pipeline, TinyEncoder
+from liftbyimage.evaluate import evaluate
+from liftbyimage.metrics import background_attention
+from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, TinyEncoder
 from liftbyimage.nn import FactoredPatches
 from liftbyimage.train_demo import TrainingScenes, detection_loss, optimise
 from liftbyimage.training import Trained, TrainingConfig, train
@@ -41,6 +42,14 @@ HERE = Path(__file__).resolve().parent
 LABORATORY, UNSEEN = "laboratory", "unseen"
 BACKGROUND = {LABORATORY: "laboratory", UNSEEN: "textured"}  # of the renderer
 POSE_ONLY = "2D only"
+MEASURED = (  # of what `liftbyimage.evaluate` gives
+    "mpjpe_mm",
+    "p_mpjpe_mm",
+    "coarse_mpjpe_mm",
+    "coarse_p_mpjpe_mm",
+    "background",
+    "background_of_uniform",
+)
 POSE_GUIDED_LAYER = {"guided": 1, "plain": None, "guided first": 0, "guided last": 2}
 RETENTIONS = {"guided": (0.3, 0.1, 0.5, 1.0), "plain": (1.0, 0.3), "guided first": (0.3,), "guided last": (0.3,)}
 
@@ -66,7 +75,7 @@ class Recipe:
     learning_rate: float = 5e-3
 
     def training(self, seed: int, **settings: Any) -> TrainingConfig:
-        """What all trainings share: the demonstration model's schedule, and no mirroring, for lamp and room are fixed."""
+        """What all trainings share: the demonstration model's schedule; no mirroring, for lamp and room are fixed."""
         steps = -(-self.people // self.batch_size) * max(settings["epochs"], settings.get("stage2_epochs", 0))
         return TrainingConfig(
             batch_size=self.batch_size,
@@ -156,7 +165,10 @@ def run_lift_by_image(recipe: Recipe, seed: int, out: Path, model: str) -> None:
         config = recipe.training(seed, init=str(start), epochs=recipe.epochs, stage2_epochs=0)
         trained = train_whole(config, folder / "stage-1", source, test_people(recipe, UNSEEN))
         unseen = [{key: one[key] for key in ("step", "mpjpe_mm")} for one in trained.curves["validation"]]
-        return {"model": model, "loss": trained.curves["loss"]["stage 1"], "unseen": unseen}
+        losses = trained.curves["loss"]["stage 1"]
+        steps = len(losses) // recipe.epochs
+        epochs = [sum(losses[start : start + steps]) / steps for start in range(0, len(losses), steps)]
+        return {"model": model, "loss_of_epochs": epochs, UNSEEN: unseen}
 
     once(folder / "stage-1.json", recipe, seed, run_stage1)
     for retention in RETENTIONS[model]:
@@ -208,34 +220,29 @@ def once(path: Path, recipe: Recipe, seed: int, run: Callable[[], dict[str, Any]
     started = time.monotonic()
     result = {"seed": seed, **run(), "minutes": (time.monotonic() - started) / 60, "recipe": asked}
     write_json(path, result)
+    print(f"{path}: {result['minutes']:.1f} minutes", flush=True)
 
 
 def measure_both(recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
+    """By test set: means of `liftbyimage.evaluate`, and of `background_shares`."""
     pipeline = load_pipeline(folder / "model.pt")
     return {where: measure(pipeline, test_people(recipe, where)) for where in BACKGROUND}
 
 
 @torch.no_grad()
 def measure(pipeline: Pipeline, source: SyntheticPeople) -> dict[str, float]:
-    """Means over a test set: errors in mm, and the share of attention that falls on background."""
-    parts: list[dict[str, Tensor]] = []
-    for records in DataLoader(source, batch_size=64):
-        batch = make_batch(pipeline.lifter, records)
-        lifted = pipeline(batch.images, *batch.poses)
-        poses = {"": lifted.pose_3d, "coarse_": lifted.coarse_pose_3d} if isinstance(lifted, LiftedPose) else {"": lifted}
-        part = {}
-        for name, pose in poses.items():
-            part[f"{name}mpjpe_mm"] = 1000 * mpjpe(pose, batch.pose_3d, reduction="none")
-            part[f"{name}p_mpjpe_mm"] = 1000 * p_mpjpe(pose, batch.pose_3d, reduction="none")
-        if isinstance(lifted, LiftedPose):
-            part |= background_shares(pipeline, batch.images, batch.poses[0], records["mask"])
-        parts.append(part)
-    return {name: torch.cat([part[name] for part in parts]).double().mean().item() for name in parts[0]}
+    means = {name: value for name, value in evaluate(pipeline, source).items() if name in MEASURED}
+    if pipeline.encoder is not None:
+        parts = []
+        for records in DataLoader(source, batch_size=64):
+            batch = make_batch(pipeline.lifter, records)
+            parts.append(background_shares(pipeline, batch.images, *batch.poses, records["mask"]))
+        means |= {name: torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
+    return means
 
 
 def background_shares(pipeline: Pipeline, images: Tensor, pose_2d: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Share [B] of attention outside the person: of stage 1's last layer, which selects; of stage 2's last layer; of the
-    selected patches, each counted alike; and of all patches, each counted alike."""
+    """Share [B] of the selected patches and of the attention of stage 2's last layer that falls outside the person."""
     lifter = pipeline.lifter
     joints, patches, importance = lifter.broad_query(pipeline.read(images), pose_2d)
     kept, index = lifter.selection(patches, importance)
@@ -245,10 +252,8 @@ def background_shares(pipeline: Pipeline, images: Tensor, pose_2d: Tensor, mask:
     _, final = lifter.stage2[-1](joints, kept, need_importance=True)  # [B, K]
     nowhere = torch.zeros_like(importance)  # [B, P]
     attention = {
-        "background_stage1": importance,
-        "background_stage2": nowhere.scatter(1, index, final),
         "background_selected": nowhere.scatter(1, index, 1.0),
-        "background_everywhere": torch.ones_like(importance),
+        "background_stage2": nowhere.scatter(1, index, final),
     }
     return {name: background_attention(paid, mask, lifter.config.grid, "none") for name, paid in attention.items()}
 
@@ -262,9 +267,13 @@ def run_all(recipe: Recipe, out: Path, processes: int) -> None:
             run_job(job)
         return
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        for jobs in (first, then):
-            for future in [pool.submit(run_job, job) for job in jobs]:
-                future.result()
+        try:
+            for jobs in (first, then):
+                for future in [pool.submit(run_job, job) for job in jobs]:
+                    future.result()
+        except BaseException:  # Ctrl-C too: what waits is left for the next time
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_job(job: tuple[Any, ...]) -> None:
@@ -314,7 +323,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     results = collect(recipe, out)
     pages = out if given.quick else HERE
     write_json(pages / "claims.json", results)
-    claims_page.publish(results, HERE / "claims.md", pages / "claims.md", pages.parent / "images" if pages is HERE else out)
+    claims_page.publish(
+        results, HERE / "claims.md", pages / "claims.md", pages.parent / "images" if pages is HERE else out
+    )
 
 
 if __name__ == "__main__":
