@@ -68,7 +68,7 @@ class Recipe:
     channels: int = 32
     dim: int = 64
     heads: int = 4
-    detector_steps: int = 1200
+    detector_steps: int = 600
     epochs: int = 5
     stage2_epochs: int = 1
     batch_size: int = 16

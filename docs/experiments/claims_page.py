@@ -243,6 +243,13 @@ def place_block(results: Results) -> str:
     return table(head, rows)
 
 
+def epochs_block(results: Results) -> str:
+    models = ("plain", "guided", "guided first", "guided last")
+    curves = [list(zip(*unseen_curves(results, model), strict=True)) for model in models]  # by model, epoch, seed
+    rows = [(f"{epoch + 1}", *(spread(curve[epoch]) for curve in curves)) for epoch in range(len(curves[0]))]
+    return table(("after epoch", *models), rows)
+
+
 BLOCKS = {
     "setting": setting_block,
     "verdicts": verdicts_block,
@@ -250,6 +257,7 @@ BLOCKS = {
     "attention": attention_block,
     "retention": retention_block,
     "place": place_block,
+    "epochs": epochs_block,
 }
 
 
