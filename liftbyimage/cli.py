@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -122,15 +122,19 @@ def lift(
         def load_pipeline() -> Pipeline:
             pipeline = _load_pipeline(checkpoint, encoder_weights, model)
             if checkpoint is None:
-                console.print(
-                    "This is a demonstration model, trained on synthetic scenes only: "
-                    "do not expect it to be accurate on photographs.",
-                    soft_wrap=True,
-                )
+                _say_that_it_is_a_demonstration(console)
             return pipeline
 
         options = Options(files, pose, pose_model, box, detector, out, format, pictures, frames)
         console.print(run(options, load_pipeline, console), markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_that_it_is_a_demonstration(console: Console) -> None:
+    console.print(
+        "This is a demonstration model, trained on synthetic scenes only: "
+        "do not expect it to be accurate on photographs.",
+        soft_wrap=True,
+    )
 
 
 def _check_folder(out: Path) -> None:
@@ -259,3 +263,107 @@ def _settings(pairs: list[str]) -> dict[str, object]:
             raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
         settings[key] = yaml.safe_load(value)
     return settings
+_CHECKPOINT_HELP = "A trained lifter of any kind, or demo for the demonstration model."
+_DATA_HELP = "NAME[:FOLDER][,OPTION=VALUE]…, such as human3.6m:/data/h36m,split=test."
+_EncoderWeights = Annotated[Path | None, typer.Option(help="Official HRNet weights for the checkpoint's encoder.")]
+_FlipTest = Annotated[bool, typer.Option("--flip-test", help="Average with the pose of the mirrored crop.")]
+_BatchSize = Annotated[int, typer.Option(min=1, help="Records per pass.")]
+_Workers = Annotated[int, typer.Option(min=0, help="Processes that read records.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Precision = Annotated[str, typer.Option(help="float32, bfloat16, or float16 on a GPU.")]
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help=_CHECKPOINT_HELP, show_default=False)],
+    data: Annotated[str, typer.Option(metavar="LINE", help=_DATA_HELP)],
+    encoder_weights: _EncoderWeights = None,
+    flip_test: _FlipTest = False,
+    batch_size: _BatchSize = 32,
+    workers: _Workers = 0,
+    device: _Device = "auto",
+    precision: _Precision = "float32",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many records, evenly spread.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the results.")] = None,
+    per_joint: Annotated[bool, typer.Option("--per-joint", help="The mean error of each joint too.")] = False,
+) -> None:
+    """Measure a lifter by the field's protocols, per action or sequence."""
+    with _mistakes_in_one_sentence():
+        from liftbyimage.evaluate_command import run
+
+        run(
+            _checkpoint_file(checkpoint),
+            data,
+            Console(),
+            encoder_weights=encoder_weights,
+            limit=limit,
+            json_file=json_file,
+            per_joint=per_joint,
+            flip_test=flip_test,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            precision=precision,
+            strict=strict,
+        )
+
+
+def _checkpoint_file(checkpoint: Path) -> Path:
+    return DEMO_CHECKPOINT if checkpoint == Path("demo") else checkpoint
+
+
+@app.command("lift-all")
+def lift_all(
+    data: Annotated[str, typer.Argument(metavar="LINE", help=_DATA_HELP, show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="SHARDS", help="Folder for the shards; what is there stays.")],
+    checkpoint: Annotated[Path, typer.Option(help=_CHECKPOINT_HELP)] = Path("demo"),
+    encoder_weights: _EncoderWeights = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Records in a shard.")] = 1024,
+    batch_size: _BatchSize = 32,
+    workers: _Workers = 0,
+    part: Annotated[str, typer.Option(metavar="K/N", help="Of N machines the K-th from 0 runs this.")] = "0/1",
+    device: _Device = "auto",
+    precision: _Precision = "float32",
+    flip_test: _FlipTest = False,
+) -> None:
+    """Lift every record of a source into shards, on one machine or many."""
+    console = Console()
+    with _mistakes_in_one_sentence():
+        _check_folder(out)
+        machine, slash, machines = part.partition("/")
+        if not (slash and machine.isdecimal() and machines.isdecimal() and int(machine) < int(machines)):
+            raise ValueError(f"--part: expected K/N with 0 ≤ K < N, got {part}")
+        from liftbyimage.data.source import open_source
+        from liftbyimage.lift_all import BatchLifter
+        from liftbyimage.lift_all import lift_all as lift_records
+
+        source = open_source(data)
+        lifter = BatchLifter(_checkpoint_file(checkpoint), encoder_weights, device, precision, flip_test)
+        if checkpoint == Path("demo"):
+            _say_that_it_is_a_demonstration(console)
+        with _progress(console, "Lifting") as advance:
+            lifted = lift_records(
+                source,
+                out,
+                lifter,
+                shard_size=shard_size,
+                batch_size=batch_size,
+                workers=workers,
+                part=(int(machine), int(machines)),
+                on_batch=advance,
+            )
+        text = f"{out}: {lifted.done} shards lifted, {lifted.present} already there, {lifted.others} left to others."
+        if lifted.problems:
+            text += f" {lifted.problems} records could not be read: their poses are NaN, and `problem` says why."
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, and what moves it on: so many records more, of so many in all."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda count, total: progress.update(task, advance=count, total=total)

@@ -23,7 +23,7 @@ from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.data.source import Source
 from liftbyimage.lift import check_batch_size
 from liftbyimage.models import Pipeline
-from liftbyimage.predict import Prediction, check_precision, predict
+from liftbyimage.predict import Prediction, chosen_device, predict
 from liftbyimage.reading import Problem, in_batches, read_batches
 
 SCHEMA = "liftbyimage-evaluation-1"
@@ -119,6 +119,7 @@ def measure(
         indices: which records, by default all. Several processes may each measure some, and one of them `join` all.
         batch_size: records per pass, at least 1.
         workers: processes that read records.
+        device: where to compute; "auto" is the GPU where there is one.
         flip_test: average each pose with that of the mirrored crop.
         precision: "float32", "bfloat16", or "float16" on a GPU.
         strict: raise for a record that cannot be read, instead of leaving it out and counting it.
@@ -129,7 +130,7 @@ def measure(
         CorruptRecord: with `strict`, a record that cannot be read.
     """
     check_batch_size("measure", batch_size)
-    check_precision("measure", precision, device)
+    device = chosen_device("measure", device, precision)
     indices = range(len(source)) if indices is None else _checked(indices, len(source))
     joints = getattr(source, "evaluated_joints", None)
     parts, skipped = [], []
@@ -219,18 +220,14 @@ def summarise(measurements: Measurements, groups: Sequence[str], *, per_joint: b
         ValueError: nothing was measured, an error is not finite, or a record is of a group that `groups` lacks.
     """
     if not len(measurements):
-        problem = f": {measurements.skipped[0].problem}" if measurements.skipped else ""
-        raise ValueError(
-            f"summarise: measurements must hold a record, got {len(measurements.skipped)} skipped{problem}"
-        )
+        problems = [f"; {skipped.problem}" for skipped in measurements.skipped[:1]]
+        raise ValueError(f"summarise: no record was measured{''.join(problems)}")
     broken = measurements.index[~measurements.mpjpe.isfinite()]
     if len(broken):
         raise ValueError(f"summarise: the pose of record {int(broken[0])} is not finite: the weights are broken")
-    highest = int(measurements.group.max())
-    if highest >= len(groups):
-        raise ValueError(
-            f"summarise: groups must name every record's group, got {len(groups)} names and group {highest}"
-        )
+    last = int(measurements.group.max())
+    if last >= len(groups):
+        raise ValueError(f"summarise: groups must name every record's group, got {len(groups)} names and group {last}")
     of_group = {
         groups[group]: _means(measurements, measurements.group == group, per_joint)
         for group in measurements.group.unique().tolist()

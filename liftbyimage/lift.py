@@ -23,7 +23,7 @@ from liftbyimage.data.crop import (
     read_image,
     warp_crop,
 )
-from liftbyimage.data.pose_file import SMALLEST_PERSON, ImagePose
+from liftbyimage.data.pose_file import ImagePose, check_pixels
 from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.metrics import root_relative
 from liftbyimage.models import Pipeline
@@ -114,11 +114,11 @@ def lift_images(
     return lifted
 
 
-def check_batch_size(function: str, batch_size: int) -> None:
+def check_batch_size(function: str, batch_size: int, name: str = "batch_size") -> None:
     if not isinstance(batch_size, numbers.Integral):
-        raise TypeError(f"{function}: batch_size must be a whole number, got {batch_size!r}")
+        raise TypeError(f"{function}: {name} must be a whole number, got {batch_size!r}")
     if batch_size < 1:
-        raise ValueError(f"{function}: batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"{function}: {name} must be at least 1, got {batch_size}")
 
 
 def check_skeleton(function: str, pipeline: Pipeline) -> None:
@@ -132,17 +132,7 @@ def check_skeleton(function: str, pipeline: Pipeline) -> None:
 
 def _crop(path: Path, pose: ImagePose) -> PersonCrop:
     image = read_image(path)
-    height, width = image.shape[:2]
-    if not ((pose.keypoints >= 0) & (pose.keypoints < (width, height))).all(axis=1).any():
-        raise ValueError(
-            f"image {path}: none of its keypoints lies inside its {width}×{height} px; are they pixels of this picture?"
-        )
-    # Normalised coordinates lie inside the picture too, all of them in its first pixels.
-    size = np.ptp(pose.keypoints, axis=0)
-    if size.max() < SMALLEST_PERSON:
-        raise ValueError(
-            f"image {path}: its keypoints span {size[0]:.1f}×{size[1]:.1f} px: are they pixels of this picture?"
-        )
+    check_pixels(path, pose, image)
     return crop_person(image, pose, str(path))
 
 

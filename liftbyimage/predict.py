@@ -22,12 +22,27 @@ class Prediction(NamedTuple):
     importance: Tensor | None = None  # float32 [B, P], if the lifter has such
 
 
-def check_precision(function: str, precision: str, device: str | torch.device) -> None:
-    """Refuse a precision in which `device` cannot compute."""
+def chosen_device(function: str, device: str | torch.device, precision: str = "float32") -> torch.device:
+    """The device of a name, "auto" being the GPU where there is one.
+
+    Raises:
+        ValueError: no such device here, no such precision, or one in which the device cannot compute.
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"{function}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision == "float16" and torch.device(device).type == "cpu":
-        raise ValueError(f"{function}: precision float16 needs a GPU, got device {str(device)!r}; bfloat16 serves here")
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"{function}: device must be auto, cpu or cuda, got {str(device)!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{function}: device {str(device)!r} does not exist: PyTorch finds {torch.cuda.device_count()} GPUs here"
+        )
+    if chosen.type == "cpu" and precision == "float16":
+        raise ValueError(f"{function}: precision float16 needs a GPU, got device 'cpu'; bfloat16 serves there")
+    return chosen
 
 
 @torch.no_grad()

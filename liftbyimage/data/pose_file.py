@@ -82,6 +82,25 @@ def joints_box(keypoints: np.ndarray) -> np.ndarray:
     return np.concatenate([low - margin, high + margin])
 
 
+def check_pixels(path: str | Path, pose: ImagePose, image: np.ndarray) -> None:
+    """Refuse a pose that cannot be pixels of the picture [H, W, 3], read from `path`.
+
+    Raises:
+        ValueError: no keypoint lies inside the picture, or all of them in a few of its pixels.
+    """
+    height, width = image.shape[:2]
+    if not ((pose.keypoints >= 0) & (pose.keypoints < (width, height))).all(axis=1).any():
+        raise ValueError(
+            f"image {path}: none of its keypoints lies inside its {width}×{height} px; are they pixels of this picture?"
+        )
+    # Normalised coordinates lie inside the picture too, all of them in its first pixels.
+    size = np.ptp(pose.keypoints, axis=0)
+    if size.max() < SMALLEST_PERSON:
+        raise ValueError(
+            f"image {path}: its keypoints span {size[0]:.1f}×{size[1]:.1f} px: are they pixels of this picture?"
+        )
+
+
 def _read_json(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"pose file {path}: no such file")

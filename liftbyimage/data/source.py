@@ -23,6 +23,7 @@ SOURCES = {
     "human3.6m": "liftbyimage.data.human36m:Human36M",
     "mpi-inf-3dhp": "liftbyimage.data.mpi_inf_3dhp:MpiInf3dhp",
     "mpi-inf-3dhp-test": "liftbyimage.data.mpi_inf_3dhp_test:MpiInf3dhpTest",
+    "pictures": "liftbyimage.data.pictures:PicturePeople",
 }
 
 

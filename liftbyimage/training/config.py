@@ -46,8 +46,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Where and how often, not what: a run may continue with other values of these.
-MAY_CHANGE = ("workers", "device", "cache", "strict", "save_every_minutes")
+# Where and how often, not what: a run may continue with other values of these. (The records are compared themselves.)
+MAY_CHANGE = ("data", "validate", "workers", "device", "cache", "strict", "save_every_minutes")
 
 _AT_LEAST: dict[str, float] = {
     "epochs": 0,
@@ -153,6 +153,9 @@ class TrainingConfig:
             raise ValueError(
                 f"TrainingConfig: encoder must be one of {', '.join(models.ENCODERS)}, got {self.encoder!r}"
             )
+
+        if self.cache is not None and self.model != LiftByImage.name:
+            raise ValueError(f"TrainingConfig: cache must be None for a {self.model}, which has no second stage")
 
     def _check_range(self, key: str, sign: str, bound: float, fits: Any) -> None:
         value = getattr(self, key)

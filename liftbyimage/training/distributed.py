@@ -77,7 +77,7 @@ class Processes:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """The processes that torchrun started, or this one alone.
+    """The processes that torchrun started, or this one alone. A process group that exists already is used and left.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda"; under torchrun every process of a machine takes the
@@ -93,11 +93,14 @@ def processes(device: str) -> Iterator[Processes]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl")
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         yield Processes(dist.get_rank(), world, chosen)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
 
 
 def _device(name: str, world: int) -> torch.device:

@@ -86,7 +86,7 @@ def mirrored_records(config: TrainingConfig, count: int, stage: int, epoch: int)
 def record_loader(source: Source, batches: Batches, config: TrainingConfig) -> DataLoader[Any]:
     """Reads the records of `batches`, in `config.workers` processes that live as long as the loader."""
     return DataLoader(
-        ReadableRecords(source, config.strict),
+        ReadableRecords(source),  # a worker's exception would come with its traceback: the trainer sees to `strict`
         batch_sampler=batches,
         num_workers=config.workers,
         collate_fn=partial(_collate, size=source.size),

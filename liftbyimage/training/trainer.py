@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from liftbyimage._files import write_atomically
 from liftbyimage.checkpoint import save_atomically, save_pipeline
-from liftbyimage.data.source import ReadableRecords, Source, open_source
+from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source, open_source
 from liftbyimage.models import Pipeline
 from liftbyimage.training.build import build_pipeline
 from liftbyimage.training.config import MAY_CHANGE, TrainingConfig
@@ -148,7 +148,7 @@ class Trainer:
     ) -> None:
         self.config, self.out, self.source, self.validation = config, out, source, validation
         self.group, self.stop = group, stop
-        _check_truth(source, "data")
+        _check_records(source, validation)
         start = build_pipeline(config, source.size)
         self.encoder_name, self.encoder_config = start.encoder, start.encoder_config
         self.pipeline = start.pipeline.to(group.device)
@@ -167,6 +167,9 @@ class Trainer:
     def run(self, resume: bool) -> Trained:
         if resume:
             self._restore()
+        elif self.group.first:
+            for name in (LAST, BEST, MODEL):
+                (self.out / name).unlink(missing_ok=True)
         if self.group.first:
             self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
         with self.log.open(self._global_step()):
@@ -271,8 +274,7 @@ class Trainer:
                 # DistributedDataParallel will divide the sum of all processes' gradients by their number.
                 self.scaler.scale(part_loss * (group.world / samples)).backward()
             loss += part_loss.item()
-            problems += len(part.problems)
-            self.log.problems(part.problems)
+            problems += self._tell(part.problems)
         loss, problems, stopping = group.add_up([loss / samples, problems, self.stop.requested])
         if not math.isfinite(loss):
             raise ValueError(
@@ -289,6 +291,13 @@ class Trainer:
         self.curves["loss"][work.stage.name].append(loss)
         self.log.step(self._global_step(), loss, rate, time.perf_counter() - started, int(problems))
         return bool(stopping)
+
+    def _tell(self, problems: list[str]) -> int:
+        """Say which records could not be read, and how many they are; the first one ends a strict run."""
+        if problems and self.config.strict:
+            raise CorruptRecord(problems[0])
+        self.log.problems(problems)
+        return len(problems)
 
     def _validate(self, work: StageWork) -> None:
         """Measure the epoch's weights, and keep them if they are the best of the last stage."""
@@ -324,7 +333,7 @@ class Trainer:
         state = {
             "format": FORMAT,
             "config": self.config.to_dict(),
-            "data": _plain(self.source.description),
+            "records": self._records(),
             "place": asdict(self.place),
             "pipeline": self.pipeline.state_dict(),
             "optimiser": None if work is None else work.optimiser.state_dict(),
@@ -336,10 +345,16 @@ class Trainer:
         save_atomically(state, self.out / LAST)
         self._write_curves()
 
+    def _records(self) -> dict[str, Any]:
+        """Which records the run sees, as JSON gives it back: tuples are lists."""
+        sources = {"data": self.source, "validate": self.validation}
+        described = {key: source and dict(source.description) for key, source in sources.items()}
+        return json.loads(json.dumps(described))
+
     def _restore(self) -> None:
         """Take up last.pt where there is one."""
         path = self.out / LAST
-        state = self.group.share(_read_last(path, self.config, self.source) if self.group.first else None)
+        state = self.group.share(_read_last(path, self.config, self._records()) if self.group.first else None)
         if state is None:
             return
         self.pipeline.load_state_dict(state["pipeline"])
@@ -360,12 +375,19 @@ class Trainer:
         write_atomically(self.out / name, lambda file: file.write(text.encode()))
 
 
-def _check_truth(source: Source, key: str) -> None:
-    if "pose_3d" not in ReadableRecords(source)[0]:
-        raise ValueError(f"train: the records of {key} must have true poses (pose_3d), got records without")
+def _check_records(source: Source, validation: Source | None) -> None:
+    for key, one in {"data": source, "validate": validation}.items():
+        if one is not None and "pose_3d" not in ReadableRecords(one)[0]:
+            raise ValueError(f"TrainingConfig: {key} must have true poses (pose_3d), got records without")
+    if validation is not None and tuple(validation.size) != tuple(source.size):
+        (height, width), (other_height, other_width) = source.size, validation.size
+        raise ValueError(
+            f"TrainingConfig: validate must have crops of {height}x{width} px as data has, "
+            f"got {other_height}x{other_width}"
+        )
 
 
-def _read_last(path: Path, config: TrainingConfig, source: Source) -> dict[str, Any] | None:
+def _read_last(path: Path, config: TrainingConfig, records: dict[str, Any]) -> dict[str, Any] | None:
     """last.pt of the same run; None where there is none."""
     if not path.is_file():
         return None
@@ -375,18 +397,21 @@ def _read_last(path: Path, config: TrainingConfig, source: Source) -> dict[str, 
         raise ValueError(f"{path}: not a readable PyTorch file of plain values") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: expected what training writes ({FORMAT!r}), got another file")
-    now, before = config.to_dict(), state["config"]
-    other = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
+    settings = {key: value for key, value in config.to_dict().items() if key not in MAY_CHANGE}
+    other = _differences(settings, state["config"]) + _differences(records, state["records"])
     if other:
-        raise ValueError(
-            f"{path} is of a run with other settings, choose another folder for this one: "
-            + ", ".join(f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in other)
-        )
-    if state["data"] != _plain(source.description):
-        raise ValueError(f"{path} is of a run on other data: {state['data']!r} there, {source.description!r} here")
+        raise ValueError(f"{path} is of another run, choose another folder for this one: {', '.join(other)}")
     return state
 
 
-def _plain(description: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps(dict(description)))
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Where two nested mappings differ, by dotted key; keys that only `there` has do not count at the top."""
+    found = []
+    for key, value in here.items():
+        other = there.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            missing = {name: None for name in other if name not in value}
+            found += [f"{key}.{rest}" for rest in _differences({**value, **missing}, other)]
+        elif value != other:
+            found.append(f"{key} is {other!r} there and {value!r} here")
+    return found
