@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from liftbyimage._files import write_atomically
 
 Results = dict[str, Any]
-LABORATORY, UNSEEN = "laboratory", "unseen"
+LABORATORY, UNSEEN = WHERE = ("laboratory", "unseen")
 PLAIN, PLAIN_SELECTED, GUIDED = ("plain", 1.0), ("plain", 0.3), ("guided", 0.3)
 POSE_ONLY = ("2D only", None)
 LABELS = {
@@ -110,49 +111,81 @@ def setting_block(results: Results) -> str:
     return table(("", ""), rows)
 
 
-def verdicts_block(results: Results) -> str:
+@dataclass(frozen=True)
+class Comparison:
+    """Something that a claim says, as two numbers by seed of which the first should be the smaller."""
+
+    letter: str
+    claim: str
+    smaller: list[float]
+    larger: list[float]
+    show: Callable[[Sequence[float]], str]
+
+    @property
+    def differences(self) -> list[float]:
+        return [more - less for less, more in zip(self.smaller, self.larger, strict=True)]
+
+    def in_words(self) -> str:
+        numbers = f"{self.show(self.smaller)} against {self.show(self.larger)}"
+        return f"{self.claim}: {verdict(self.differences)}, {numbers}"
+
+
+def comparisons(results: Results) -> list[Comparison]:
+    """All that the page judges."""
+
     def of(model: tuple[str, float | None], where: str, name: str = "mpjpe_mm") -> list[float]:
         return values(results, model, where, name)
 
-    middle, last = ([curve[at] for curve in unseen_curves(results, "plain")] for at in (_middle(results), -1))
-    half = [0.5] * len(middle)
-    comparisons: list[tuple[str, str, list[float], list[float], Callable[[Sequence[float]], str]]] = [
-        ("a", "guided + selection beats 2D only, laboratory", of(GUIDED, LABORATORY), of(POSE_ONLY, LABORATORY), _mm),
-        ("a", "plain beats 2D only, laboratory", of(PLAIN, LABORATORY), of(POSE_ONLY, LABORATORY), _mm),
-        ("a", "guided + selection beats 2D only, unseen", of(GUIDED, UNSEEN), of(POSE_ONLY, UNSEEN), _mm),
-        ("b", "plain pays over half its attention to background", half, of(PLAIN, LABORATORY, "background"), percent),
-        ("b", "plain is worse on unseen backgrounds", of(PLAIN, LABORATORY), of(PLAIN, UNSEEN), _mm),
-        ("b", "plain on unseen backgrounds is worse at the end than half-way", middle, last, _mm),
-        (
-            "c",
-            "guided + selection looks less at background, stage 1",
-            of(GUIDED, LABORATORY, "background"),
-            of(PLAIN, LABORATORY, "background"),
-            percent,
-        ),
-        (
-            "c",
-            "guided + selection looks less at background, stage 2",
-            of(GUIDED, LABORATORY, "background_stage2"),
-            of(PLAIN, LABORATORY, "background_stage2"),
-            percent,
-        ),
-        ("c", "guided + selection loses less than plain", lost(results, GUIDED), lost(results, PLAIN), _mm),
-        ("c", "guided + selection beats plain, unseen", of(GUIDED, UNSEEN), of(PLAIN, UNSEEN), _mm),
+    def errors(letter: str, claim: str, model: Any, other: Any, where: str) -> Comparison:
+        return Comparison(letter, f"{claim}, {where}", of(model, where), of(other, where), _mm)
+
+    halfway, end = ([curve[at] for curve in unseen_curves(results, "plain")] for at in (_halfway(results), -1))
+    plain = of(PLAIN, LABORATORY, "background")
+    compared = [
+        *(errors("a", "guided + selection beats 2D only", GUIDED, POSE_ONLY, where) for where in WHERE),
+        *(errors("a", "plain beats 2D only", PLAIN, POSE_ONLY, where) for where in WHERE),
+        Comparison("b", "plain pays more than half its attention to background", [0.5] * len(plain), plain, percent),
+        Comparison("b", "plain errs more on unseen backgrounds", of(PLAIN, LABORATORY), of(PLAIN, UNSEEN), _mm),
+        Comparison("b", "plain errs more on unseen backgrounds at the end than half-way", halfway, end, _mm),
     ]
-    for where in (LABORATORY, UNSEEN):
+    for stage, name in (("1", "background"), ("2", "background_stage2")):
+        claim = f"guided + selection looks less at background than plain, stage {stage}"
+        compared.append(
+            Comparison("c", claim, of(GUIDED, LABORATORY, name), of(PLAIN, LABORATORY, name), percent),
+        )
+    compared += [
+        Comparison("c", "guided + selection loses less than plain", lost(results, GUIDED), lost(results, PLAIN), _mm),
+        errors("c", "guided + selection beats plain", GUIDED, PLAIN, UNSEEN),
+    ]
+    for where in WHERE:
         for retention in RETENTIONS:
             if retention != GUIDED[1]:
-                other = of(("guided", retention), where)
-                comparisons.append(("d", f"r = 0.3 beats r = {retention}, {where}", of(GUIDED, where), other, _mm))
+                compared.append(errors("d", f"r = 0.3 beats r = {retention}", GUIDED, ("guided", retention), where))
         for model in (("guided first", 0.3), ("guided last", 0.3)):
-            name = f"the middle beats the {PLACES[model]} layer, {where}"
-            comparisons.append(("d", name, of(GUIDED, where), of(model, where), _mm))
-    rows = []
-    for letter, claim, smaller, larger, show in comparisons:
-        differences = [more - less for less, more in zip(smaller, larger, strict=True)]
-        rows.append((f"({letter})", claim, show(smaller), show(larger), show(differences), verdict(differences)))
-    return table(("", "claim", "should be the smaller", "than", "difference", ""), rows)
+            compared.append(errors("d", f"middle beats {PLACES[model]} layer", GUIDED, model, where))
+    return compared
+
+
+def verdicts_block(results: Results) -> str:
+    """One line a comparison."""
+    lines: list[str] = []
+    compared = comparisons(results)
+    for letter in dict.fromkeys(one.letter for one in compared):
+        lines += [f"- ({letter})", *(f"  - {one.in_words()}" for one in compared if one.letter == letter)]
+    return "\n".join(lines)
+
+
+def differences_block(results: Results) -> str:
+    rows = [
+        (f"({one.letter})", one.claim, one.show(one.differences), _each(one), verdict(one.differences))
+        for one in comparisons(results)
+    ]
+    return table(("", "claim", "difference in its favour", "by seed", ""), rows)
+
+
+def _each(comparison: Comparison) -> str:
+    scale = 100 if comparison.show is percent else 1
+    return ", ".join(f"{scale * difference:+.1f}" for difference in comparison.differences)
 
 
 def _mm(numbers: Sequence[float]) -> str:
@@ -165,18 +198,14 @@ def unseen_curves(results: Results, model: str) -> list[list[float]]:
     return [[point["mpjpe_mm"] for point in run[UNSEEN]] for run in runs]
 
 
-def _middle(results: Results) -> int:
+def _halfway(results: Results) -> int:
     return (results["recipe"]["epochs"] - 1) // 2
 
 
 def errors_block(results: Results) -> str:
     rows = []
     for model, label in LABELS.items():
-        cells = [
-            spread(values(results, model, where, name))
-            for name in ("mpjpe_mm", "p_mpjpe_mm")
-            for where in (LABORATORY, UNSEEN)
-        ]
+        cells = [spread(values(results, model, where, name)) for name in ("mpjpe_mm", "p_mpjpe_mm") for where in WHERE]
         ratios = [
             unseen / laboratory
             for unseen, laboratory in zip(
@@ -190,7 +219,7 @@ def errors_block(results: Results) -> str:
 
 def attention_block(results: Results) -> str:
     def shares(model: tuple[str, float | None], names: Sequence[str]) -> list[str]:
-        return [percent(values(results, model, where, name)) for name in names for where in (LABORATORY, UNSEEN)]
+        return [percent(values(results, model, where, name)) for name in names for where in WHERE]
 
     rows = [("spread evenly", *shares(PLAIN, ["background_of_uniform"] * 3))]
     for model, label in LABELS.items():
@@ -212,10 +241,10 @@ def retention_block(results: Results) -> str:
     rows = []
     for retention in RETENTIONS:
         model = ("guided", retention)
-        errors = [spread(values(results, model, where, "mpjpe_mm")) for where in (LABORATORY, UNSEEN)]
+        errors = [spread(values(results, model, where, "mpjpe_mm")) for where in WHERE]
         shares = [percent(values(results, model, LABORATORY, f"background_{name}")) for name in ("selected", "stage2")]
         rows.append((f"{retention}", *errors, spread(lost(results, model)), *shares))
-    coarse = [spread(values(results, GUIDED, where, "coarse_mpjpe_mm")) for where in (LABORATORY, UNSEEN)]
+    coarse = [spread(values(results, GUIDED, where, "coarse_mpjpe_mm")) for where in WHERE]
     rows.append(("stage 1 alone", *coarse, spread(lost(results, GUIDED, "coarse_mpjpe_mm")), "", ""))
     head = ("r", "MPJPE laboratory", "unseen", "lost", "background among selected patches", "in stage 2's attention")
     return table(head, rows)
@@ -225,9 +254,7 @@ def place_block(results: Results) -> str:
     rows = []
     for model, label in PLACES.items():
         errors = [
-            spread(values(results, model, where, name))
-            for name in ("coarse_mpjpe_mm", "mpjpe_mm")
-            for where in (LABORATORY, UNSEEN)
+            spread(values(results, model, where, name)) for name in ("coarse_mpjpe_mm", "mpjpe_mm") for where in WHERE
         ]
         share = percent(values(results, model, LABORATORY, "background"))
         rows.append((label, *errors, spread(lost(results, model)), share))
@@ -253,6 +280,7 @@ def epochs_block(results: Results) -> str:
 BLOCKS = {
     "setting": setting_block,
     "verdicts": verdicts_block,
+    "differences": differences_block,
     "errors": errors_block,
     "attention": attention_block,
     "retention": retention_block,
@@ -294,7 +322,7 @@ def ablation_figure(results: Results) -> Figure:
     """Errors by retention and by place, and on unseen backgrounds as stage 1 goes on; every seed is a dot."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     by_retention, by_place, by_epoch = figure.subplots(1, 3)
-    for where in (LABORATORY, UNSEEN):
+    for where in WHERE:
         for axes, models in (
             (by_retention, [("guided", retention) for retention in RETENTIONS]),
             (by_place, list(PLACES)),
