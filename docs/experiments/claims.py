@@ -272,7 +272,7 @@ def run_all(recipe: Recipe, out: Path, processes: int) -> None:
                 for future in [pool.submit(run_job, job) for job in jobs]:
                     future.result()
         except BaseException:  # Ctrl-C too: what waits is left for the next time
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 
