@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +273,9 @@ def run_all(recipe: Recipe, out: Path, processes: int) -> None:
             for jobs in (first, then):
                 for future in [pool.submit(run_job, job) for job in jobs]:
                     future.result()
-        except BaseException:  # Ctrl-C too: what waits is left for the next time
+        except BaseException:  # a signal too: what runs stops after its step, and what waits is left for next time
+            for process in active_children():
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -319,6 +323,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     recipe = QUICK if given.quick else Recipe()
     out = given.out or HERE.parent.parent / "build" / ("claims-quick" if given.quick else "claims")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command continues"))
     run_all(recipe, out, given.processes)
     results = collect(recipe, out)
     pages = out if given.quick else HERE
