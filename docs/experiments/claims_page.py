@@ -17,13 +17,13 @@ from liftbyimage._files import write_atomically
 
 Results = dict[str, Any]
 LABORATORY, UNSEEN = WHERE = ("laboratory", "unseen")
-PLAIN, PLAIN_SELECTED, GUIDED = ("plain", 1.0), ("plain", 0.3), ("guided", 0.3)
+PLAIN, PLAIN_SELECTED, ALL, GUIDED = ("plain", 1.0), ("plain", 0.3), ("guided", 1.0), ("guided", 0.3)
 POSE_ONLY = ("2D only", None)
 LABELS = {
     POSE_ONLY: "2D only",
     PLAIN: "plain",
     PLAIN_SELECTED: "plain + selection",
-    ("guided", 1.0): "guided",
+    ALL: "guided",
     GUIDED: "guided + selection",
 }
 PLACES = {PLAIN_SELECTED: "none", ("guided first", 0.3): "first", GUIDED: "middle", ("guided last", 0.3): "last"}
@@ -155,6 +155,14 @@ def comparisons(results: Results) -> list[Comparison]:
         )
     compared += [
         Comparison("c", "guided + selection loses less than plain", lost(results, GUIDED), lost(results, PLAIN), _mm),
+        Comparison("c", "the layer alone: guided loses less than plain", lost(results, ALL), lost(results, PLAIN), _mm),
+        Comparison(
+            "c",
+            "selection alone: plain + selection loses less than plain",
+            lost(results, PLAIN_SELECTED),
+            lost(results, PLAIN),
+            _mm,
+        ),
         errors("c", "guided + selection beats plain", GUIDED, PLAIN, UNSEEN),
     ]
     for where in WHERE:
