@@ -140,11 +140,12 @@ def comparisons(results: Results) -> list[Comparison]:
         return Comparison(letter, f"{claim}, {where}", of(model, where), of(other, where), _mm)
 
     halfway, end = ([curve[at] for curve in unseen_curves(results, "plain")] for at in (_halfway(results), -1))
-    plain = of(PLAIN, LABORATORY, "background")
+    plain, even = (of(PLAIN, LABORATORY, name) for name in ("background", "background_of_uniform"))
     compared = [
         *(errors("a", "guided + selection beats 2D only", GUIDED, POSE_ONLY, where) for where in WHERE),
         *(errors("a", "plain beats 2D only", PLAIN, POSE_ONLY, where) for where in WHERE),
         Comparison("b", "plain pays more than half its attention to background", [0.5] * len(plain), plain, percent),
+        Comparison("b", "plain pays background more attention than an even spread would", even, plain, percent),
         Comparison("b", "plain errs more on unseen backgrounds", of(PLAIN, LABORATORY), of(PLAIN, UNSEEN), _mm),
         Comparison("b", "plain errs more on unseen backgrounds at the end than half-way", halfway, end, _mm),
     ]
