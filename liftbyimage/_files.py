@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 # The demonstration model that the package ships.
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "assets" / "demo.pt"
+
+_LONGEST = 40  # letters of a value in a message
 
 
 def require_file(label: str, path: Path) -> None:
@@ -39,6 +42,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         raise
 
 
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete what `write_atomically` leaves beside `path` when it is killed; nobody may be writing it."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
@@ -46,3 +56,27 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Where plain values that a file holds differ from those of now: ``lifter.dim: 16 there, 32 here; …``, or ""."""
+    before, now = _flat(there), _flat(here)
+    names = [name for name in dict.fromkeys((*now, *before)) if before.get(name) != now.get(name)]
+    return "; ".join(f"{name}: {_short(before, name)} there, {_short(now, name)} here" for name in names)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings with dotted names."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def _short(values: Mapping[str, Any], name: str) -> str:
+    if name not in values:
+        return "absent"
+    text = json.dumps(values[name], ensure_ascii=False)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from liftbyimage.data.crop import normalise_image
 from liftbyimage.data.skeleton import H36M_TO_MPI_INF_3DHP, JOINT_NAMES
-from liftbyimage.models.pipeline import Lifter
+from liftbyimage.models.pipeline import Lifter, Pipeline
 
 
 class Batch(NamedTuple):
@@ -43,6 +43,24 @@ def joint_order(lifter: Lifter) -> list[int]:
     if getattr(lifter.config, "skeleton", None) == "mpi-inf-3dhp":
         return list(H36M_TO_MPI_INF_3DHP)
     return list(range(len(JOINT_NAMES)))
+
+
+def check_crop_size(what: str, pipeline: Pipeline, size: tuple[int, int]) -> None:
+    """Refuse crops of another size than a LiftByImage was trained on; other lifters take any.
+
+    Args:
+        what: what gives the crops, the first words of the refusal.
+        size: (height, width), px.
+    """
+    grid, stride = getattr(pipeline.lifter.config, "grid", None), getattr(pipeline.encoder, "stride", None)
+    if grid is None or stride is None:
+        return
+    trained = [stride * side for side in grid]
+    if list(size) != trained:
+        raise ValueError(
+            f"{what} must be crops of {trained[0]}x{trained[1]} px, as this lifter was trained on, "
+            f"got {size[0]}x{size[1]}"
+        )
 
 
 def mirror(lifter: Lifter, batch: Batch, mirrored: Tensor) -> Batch:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from liftbyimage import models
-from liftbyimage._files import write_atomically
+from liftbyimage._files import require_file, write_atomically
 from liftbyimage.models.context_aware_poseformer import config_of
 
 _PUBLISHED_LIFTER, _PUBLISHED_BACKBONE = "volume_net.", "backbone."
 FORMAT = "liftbyimage-checkpoint-1"
+_TRAINING = "liftbyimage-training-"  # what training continues from
 PARTS = ("lifter", "lifter_config", "encoder", "encoder_config", "lifter_state", "encoder_state")
 
 
@@ -85,6 +86,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _require_format(contents: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    if isinstance(contents, dict) and str(contents.get("format")).startswith(_TRAINING):
+        raise ValueError(f"checkpoint {path}: continues a training run; its lifter is in model.pt or best.pt beside it")
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise ValueError(
             f"checkpoint {path}: expected what save_pipeline writes ({FORMAT!r}), or weights named "
@@ -105,8 +108,7 @@ def _contents_in_short(contents: Any) -> str:
 
 
 def _read_tensors(path: str | os.PathLike[str], what: str) -> Any:
-    if not Path(path).is_file():
-        raise ValueError(f"{what} {path}: no such file")
+    require_file(f"{what} {path}", Path(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken or foreign file
@@ -153,6 +155,8 @@ def load_pipeline(
         raise ValueError(f"checkpoint {path}: lifter_config does not fit {name}: {error}") from error
     load_state(lifter, contents["lifter_state"], f"checkpoint {path}: lifter")
     if lifter.reads is None:
+        if encoder_weights is not None:
+            raise ValueError(f"checkpoint {path}: a {name} reads no image and takes no encoder weights")
         return models.Pipeline(None, lifter).eval()  # type: ignore[arg-type]
     if encoder_weights is not None:
         encoder: nn.Module = _official_encoder(encoder_weights, contents["encoder"], path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -165,9 +166,9 @@ def train_demo(
         if out.is_dir():
             raise ValueError(f"--out {out}: expected a file, got a folder")
         _check_folder(out.parent)
-        from liftbyimage.train_demo import train_demo as train
+        from liftbyimage import train_demo as training
 
-        train(out, seed, Console())
+        training.train_demo(out, seed, Console())
 
 
 @app.command()
@@ -248,7 +249,7 @@ def train(
             key: str(value) if isinstance(value, Path) else value for key, value in named.items() if value is not None
         }
         trained = train(TrainingConfig.read(config, {**overrides, **_settings(set_ or [])}), out)
-        if not trained.finished:
+        if not trained.finished and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes says it
             typer.echo(f"Stopped; the same command goes on from {out / 'last.pt'}.")
 
 
@@ -261,8 +262,13 @@ def _settings(pairs: list[str]) -> dict[str, object]:
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise ValueError(f"--set must be KEY=VALUE, got {pair!r}")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {pair}: no readable YAML: {' '.join(str(error).split())}") from None
     return settings
+
+
 _CHECKPOINT_HELP = "A trained lifter of any kind, or demo for the demonstration model."
 _DATA_HELP = "NAME[:FOLDER][,OPTION=VALUE]…, such as human3.6m:/data/h36m,split=test."
 _EncoderWeights = Annotated[Path | None, typer.Option(help="Official HRNet weights for the checkpoint's encoder.")]
@@ -326,6 +332,7 @@ def lift_all(
     device: _Device = "auto",
     precision: _Precision = "float32",
     flip_test: _FlipTest = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")] = False,
 ) -> None:
     """Lift every record of a source into shards, on one machine or many."""
     console = Console()
@@ -351,6 +358,7 @@ def lift_all(
                 batch_size=batch_size,
                 workers=workers,
                 part=(int(machine), int(machines)),
+                strict=strict,
                 on_batch=advance,
             )
         text = f"{out}: {lifted.done} shards lifted, {lifted.present} already there, {lifted.others} left to others."

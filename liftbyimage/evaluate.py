@@ -7,8 +7,7 @@ and over all 17 as `pck_all_joints` and `auc_all_joints`. Errors are always over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor
 
 from liftbyimage import metrics
-from liftbyimage.batches import make_batch
+from liftbyimage.batches import check_crop_size, make_batch
 from liftbyimage.data.crop import apply_affine
 from liftbyimage.data.skeleton import JOINT_NAMES
-from liftbyimage.data.source import Source
+from liftbyimage.data.source import Source, check_source
 from liftbyimage.lift import check_batch_size
 from liftbyimage.models import Pipeline
-from liftbyimage.predict import Prediction, chosen_device, predict
+from liftbyimage.predict import Prediction, chosen_device, evaluating, predict
 from liftbyimage.reading import Problem, in_batches, read_batches
 
 SCHEMA = "liftbyimage-evaluation-1"
@@ -131,10 +130,12 @@ def measure(
     """
     check_batch_size("measure", batch_size)
     device = chosen_device("measure", device, precision)
+    check_source("measure: source", source)
+    check_crop_size("measure: records", pipeline, source.size)
     indices = range(len(source)) if indices is None else _checked(indices, len(source))
     joints = getattr(source, "evaluated_joints", None)
     parts, skipped = [], []
-    with _evaluating(pipeline.to(device)):
+    with evaluating(pipeline.to(device)):
         for records, problems in read_batches(source, in_batches(indices, batch_size), workers, strict):
             skipped += problems
             if records is not None:
@@ -151,18 +152,6 @@ def _checked(indices: Sequence[int], count: int) -> Sequence[int]:
     if wrong:
         raise ValueError(f"measure: indices must lie in 0 … {count - 1}, got {wrong[0]}")
     return indices
-
-
-@contextmanager
-def _evaluating(pipeline: Pipeline) -> Iterator[None]:
-    """Evaluation mode, and then every module's own again."""
-    modes = {module: module.training for module in pipeline.modules()}
-    pipeline.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _measure(

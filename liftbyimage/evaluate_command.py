@@ -16,6 +16,7 @@ from liftbyimage._files import sha256_of, write_atomically
 from liftbyimage.checkpoint import load_pipeline
 from liftbyimage.data.source import open_source
 from liftbyimage.evaluate import LENGTHS, measure, summarise
+from liftbyimage.reading import spread
 
 # The columns of the table, which fits 80 letters; the JSON file has every measure.
 _COLUMNS = {
@@ -46,6 +47,8 @@ def run(
         limit: only so many records, evenly spread over the source.
         json_file: where to write the summary, with what was evaluated, on what and how.
     """
+    if json_file is not None and json_file.is_dir():  # said before hours of work
+        raise ValueError(f"--json {json_file}: expected a file, got a folder")
     pipeline = load_pipeline(checkpoint, encoder_weights)
     source = open_source(data)
     indices = spread(len(source), limit)
@@ -69,13 +72,6 @@ def run(
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(json_file, lambda file: file.write(text.encode()))
     _print(console, summary)
-
-
-def spread(count: int, limit: int | None) -> range | list[int]:
-    """`limit` numbers below `count`, evenly spread; all of them without a limit."""
-    if limit is None or limit >= count:
-        return range(count)
-    return [number * count // limit for number in range(limit)]
 
 
 def _print(console: Console, summary: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from liftbyimage._files import check_several, write_atomically
+from liftbyimage.batches import check_crop_size
 from liftbyimage.data.crop import (
     CROP_SIZE,
     apply_affine,
@@ -98,7 +99,7 @@ def lift_images(
     """
     check_batch_size("lift_images", batch_size)
     check_several("lift_images", images)
-    check_skeleton("lift_images", pipeline)
+    check_pipeline("lift_images", pipeline)
     images = list(images)
     unposed = [str(image) for image in images if str(image) not in poses]
     if unposed:
@@ -121,7 +122,9 @@ def check_batch_size(function: str, batch_size: int, name: str = "batch_size") -
         raise ValueError(f"{function}: {name} must be at least 1, got {batch_size}")
 
 
-def check_skeleton(function: str, pipeline: Pipeline) -> None:
+def check_pipeline(function: str, pipeline: Pipeline) -> None:
+    """Refuse a lifter of another skeleton, or of crops of another size, than pictures are cut to."""
+    check_crop_size(f"{function}: pictures", pipeline, CROP_SIZE)
     joints = pipeline.lifter.config.num_joints
     if joints != len(JOINT_NAMES):
         raise ValueError(f"{function}: pipeline must lift {len(JOINT_NAMES)} joints, got one for {joints}")

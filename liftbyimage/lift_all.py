@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from liftbyimage._files import sha256_of, write_atomically
-from liftbyimage.batches import make_batch
+from liftbyimage._files import differences, sha256_of, write_atomically
+from liftbyimage.batches import check_crop_size, make_batch
 from liftbyimage.checkpoint import load_pipeline
-from liftbyimage.data.source import Source
+from liftbyimage.data.source import Source, check_source
 from liftbyimage.lift import check_batch_size
 from liftbyimage.models import Pipeline
 from liftbyimage.predict import chosen_device, predict
@@ -125,6 +125,7 @@ def lift_all(
     batch_size: int = 32,
     workers: int = 0,
     part: tuple[int, int] = (0, 1),
+    strict: bool = False,
     on_batch: Callable[[int, int], object] | None = None,
 ) -> Lifted:
     """Lift every record of a source into `OUT/shard-00000-of-00100.npz`, …
@@ -140,11 +141,13 @@ def lift_all(
         batch_size: records per pass; it changes nothing but rounding.
         workers: processes that read records.
         part: (k, n), of n machines the k-th from 0: it writes the shards k, k + n, k + 2 n, …
+        strict: raise for a record that cannot be read, instead of keeping its place with NaN.
         on_batch: called after each batch with the number of its records and that of all to be lifted here.
 
     Raises:
         TypeError, ValueError: options of another kind than said, a source without records, a folder that holds shards
             of another run, or what `lifter` refuses.
+        CorruptRecord: with `strict`, a record that cannot be read; the shards before its own are there.
     """
     if not isinstance(lifter, BatchLifter):
         raise TypeError(f"lift_all: lifter must be a BatchLifter, got {type(lifter).__name__}")
@@ -153,7 +156,8 @@ def lift_all(
     machine, machines = _checked_part(part)
     if not len(source):
         raise ValueError("lift_all: source must have records, got none")
-    lifter.load()
+    check_source("lift_all: source", source)
+    check_crop_size("lift_all: records", lifter.load()[0], source.size)
     out = Path(out)
     _claim(out, _run(source, lifter, shard_size))
     names = _shard_names(len(source), shard_size)
@@ -165,7 +169,7 @@ def lift_all(
     ]
     batches = [batch for shard in shards for batch in shard]
     total, problems = sum(map(len, batches)), 0
-    reading = read_batches(source, batches, workers)
+    reading = read_batches(source, batches, workers, strict)
     for number, shard in zip(pending, shards, strict=True):
         parts = []
         for indices in shard:
@@ -248,13 +252,9 @@ def _claim(out: Path, run: dict[str, Any]) -> None:
             raise ValueError(f"out {out}: holds shards but no {RUN_FILE} that says of what; choose another folder")
         text = json.dumps(run, indent=1, ensure_ascii=False) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
-    there = _read_run(out)
-    for name, value in run.items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"out {out}: holds shards of another run, whose {name} is {there.get(name)!r} and not {value!r}; "
-                "choose another folder"
-            )
+    other = differences(_read_run(out), run)
+    if other:
+        raise ValueError(f"out {out}: holds shards of another run ({other}); choose another folder or delete that one")
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -267,7 +267,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
+    sizes = [run.get(name) for name in ("records", "shard_size")] if isinstance(run, dict) else []
+    if not sizes or run.get("format") != FORMAT or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{path}: expected what lift-all writes ({FORMAT!r}), got another file")
     return run
 

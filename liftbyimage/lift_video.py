@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from liftbyimage._files import require_file, write_atomically
 from liftbyimage.data.pose_file import ImagePose
 from liftbyimage.data.skeleton import JOINT_NAMES
-from liftbyimage.lift import HEAD, check_batch_size, check_format, check_skeleton, crop_person, lift_crops, results_name
+from liftbyimage.lift import HEAD, check_batch_size, check_format, check_pipeline, crop_person, lift_crops, results_name
 from liftbyimage.models import Pipeline
 from liftbyimage.pose_model import Detector, PoseModel, find_pose, where_to_look
 
@@ -165,7 +165,7 @@ def lift_video(
             or the detector gives is of another kind; a bad `batch_size`.
     """
     check_batch_size("lift_video", batch_size)
-    check_skeleton("lift_video", pipeline)
+    check_pipeline("lift_video", pipeline)
     pipeline = pipeline.to(device).eval()
     batch: list[tuple[Frame, ImagePose | None]] = []
     for posed in _find_poses(frames, pose_model, box, detect):

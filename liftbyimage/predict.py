@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -45,6 +47,23 @@ def chosen_device(function: str, device: str | torch.device, precision: str = "f
     return chosen
 
 
+@contextmanager
+def evaluating(pipeline: Pipeline) -> Iterator[None]:
+    """Evaluation mode, and afterwards every module's own again."""
+    modes = {module: module.training for module in pipeline.modules()}
+    pipeline.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def mixed_precision(device: str | torch.device, precision: str) -> torch.autocast:
+    """A context in which modules compute in one of `PRECISIONS`, by autocast; nothing for float32."""
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
+
+
 @torch.no_grad()
 def predict(pipeline: Pipeline, batch: Batch, *, flip_test: bool = False, precision: str = "float32") -> Prediction:
     """Lift a batch (`batches.make_batch`) with a pipeline in evaluation mode and on the batch's device.
@@ -55,7 +74,7 @@ def predict(pipeline: Pipeline, batch: Batch, *, flip_test: bool = False, precis
         precision: "float32", or "bfloat16" or "float16" by automatic mixed precision.
     """
     lifter = pipeline.lifter
-    with torch.autocast(batch.images.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+    with mixed_precision(batch.images.device, precision):
         out = pipeline(batch.images, *batch.poses)
         poses = _poses(out)
         if flip_test:

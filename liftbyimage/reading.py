@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ def read_batches(
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_the_parent,
     )
     for batch in loader:
         if strict and batch.problems:
@@ -71,6 +73,20 @@ def read_batches(
         yield batch
 
 
+def leave_signals_to_the_parent(worker: int) -> None:
+    """In a process that reads records: what is asked of a whole process group, to end or to be interrupted, its parent
+    answers, and may need its records until it has."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     """`indices` cut into pieces of `batch_size`, the last one shorter."""
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+
+def spread(count: int, limit: int | None) -> range | list[int]:
+    """`limit` numbers below `count`, evenly spread; all of them without a limit."""
+    if limit is None or limit >= count:
+        return range(count)
+    return [number * count // limit for number in range(limit)]

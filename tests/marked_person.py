@@ -80,7 +80,7 @@ class ContextPipeline(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lifter = ContextLifter()
+        self.encoder, self.lifter = None, ContextLifter()
         self.batches: list[int] = []
 
     def forward(self, images: Tensor, in_picture: Tensor, in_crop: Tensor) -> Tensor:

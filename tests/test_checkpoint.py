@@ -160,9 +160,11 @@ def test_encoder_of_other_channels(saved: Path) -> None:
 
 
 def test_other_lifter(saved: Path) -> None:
-    _change(saved, lifter="pose-only")
+    _change(saved, lifter="videopose")
     _refused(
-        saved, f"checkpoint {saved}: lifter must be one of lift-by-image, context-aware-poseformer, got 'pose-only'"
+        saved,
+        f"checkpoint {saved}: lifter must be one of lift-by-image, context-aware-poseformer, pose-only, "
+        "got 'videopose'",
     )
 
 
@@ -258,6 +260,23 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, pipeline: mode
 
 def test_model_that_does_not_exist(saved: Path) -> None:
     with pytest.raises(
-        ValueError, match="^load_pipeline: model must be one of lift-by-image, context-aware-poseformer, got"
+        ValueError,
+        match="^load_pipeline: model must be one of lift-by-image, context-aware-poseformer, pose-only, got 'capf'$",
     ):
         checkpoint.load_pipeline(saved, model="capf")
+
+
+def test_encoder_weights_for_a_lifter_without_an_encoder_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pose.pt"
+    pose_only = models.Pipeline(None, models.build("pose-only", dim=16, heads=2, layers=1))
+    checkpoint.save_pipeline(pose_only, path, encoder=None)
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_pipeline(path, tmp_path / "none.pth")
+    assert str(error.value) == f"checkpoint {path}: a pose-only reads no image and takes no encoder weights"
+
+
+def test_what_training_continues_from_is_no_lifter(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"format": "liftbyimage-training-1"}, path)
+    _refused(path, f"checkpoint {path}: continues a training run; its lifter is in model.pt or best.pt beside it")
+    _refused(tmp_path, f"checkpoint {tmp_path}: is a folder")

@@ -179,7 +179,7 @@ def _module(monkeypatch: pytest.MonkeyPatch, name: str, function: str, body: Any
 def test_demo_and_train_demo_pass_their_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     _module(monkeypatch, "demo", "run_demo", lambda *arguments: calls.append(arguments))
-    _module(monkeypatch, "train", "train_demo", lambda *arguments: calls.append(arguments))
+    _module(monkeypatch, "train_demo", "train_demo", lambda *arguments: calls.append(arguments))
     out, file = tmp_path / "pictures", tmp_path / "new.pt"
     assert _run("demo", "--out", out, "--people", 3, "--seed", 7).exit_code == 0
     assert _run("train-demo", "--out", file, "--seed", 8).exit_code == 0

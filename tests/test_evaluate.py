@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from converted_dataset import write_mpi_inf_3dhp_test
 from few_people import FewPeople, small_pipeline
 from torch.utils.data import default_collate
 from typer.testing import CliRunner, Result
@@ -18,7 +19,7 @@ from liftbyimage import checkpoint, cli, metrics, models
 from liftbyimage.batches import joint_order, make_batch
 from liftbyimage.data.crop import apply_affine
 from liftbyimage.data.skeleton import FLIP_PERMUTATION, H36M_TO_MPI_INF_3DHP, JOINT_NAMES
-from liftbyimage.data.source import SOURCES, CorruptRecord
+from liftbyimage.data.source import SOURCES, CorruptRecord, open_source
 from liftbyimage.evaluate import SCHEMA, Measurements, evaluate, measure, summarise
 from liftbyimage.evaluate_command import spread
 
@@ -310,6 +311,25 @@ def test_command_prints_a_table_and_writes_json(few: None, saved: Path, tmp_path
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+def test_command_on_the_test_set_of_mpi_inf_3dhp(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("h5py", reason="h5py is not installed")
+    root, written = write_mpi_inf_3dhp_test(tmp_path / "3dhp"), tmp_path / "a.json"
+    (root / "TS2" / "imageSequence" / "img_000003.jpg").write_bytes(b"torn")
+    line = f"mpi-inf-3dhp-test:{root},sequences=TS1+TS2,size=64x48"
+    result = _run(saved, "--data", line, "--json", written, "--per-joint")
+    assert result.exit_code == 0, result.output
+    document = json.loads(written.read_text(encoding="utf-8"))
+    assert {name: means["records"] for name, means in document["groups"].items()} == {"TS1": 3, "TS2": 2}
+    assert document["skipped"] == 1 and "img_000003.jpg" in document["problems"][0]
+    source = open_source(line)
+    measured = measure(checkpoint.load_pipeline(saved), source)
+    evaluated = [joint for joint, name in enumerate(JOINT_NAMES) if name not in ("pelvis", "spine", "nose")]
+    near = (measured.joint_errors < 0.15).double()
+    assert document["pck"] == pytest.approx(near[:, evaluated].mean().item())
+    assert document["pck_all_joints"] == pytest.approx(near.mean().item()) and document["pck"] < near.mean()
+    assert document["mpjpe_mm"] == pytest.approx(1000 * measured.joint_errors.mean().item(), rel=1e-5)
+
+
 def test_command_counts_what_cannot_be_read_or_stops(few: None, saved: Path) -> None:
     arguments = (saved, "--data", "few,count=4,corrupt=[2]")
     result = _run(*arguments)
@@ -331,6 +351,7 @@ def test_command_refuses(saved: Path, tmp_path: Path) -> None:
     for message, arguments in {
         f"checkpoint {missing}: no such file": (missing, "--data", "synthetic,count=2"),
         "measure: device must be auto, cpu or cuda, got 'tpu'": (saved, "--data", "synthetic", "--device", "tpu"),
+        f"--json {tmp_path}: expected a file, got a folder": (saved, "--data", "synthetic", "--json", tmp_path),
     }.items():
         result = _run(*arguments)
         assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"error: {message}\n")

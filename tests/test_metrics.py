@@ -190,6 +190,34 @@ def test_hull_mask_equals_opencv_distance() -> None:
     np.testing.assert_array_equal(hull_mask(points, (70, 64), box_height=50).numpy(), expected)
 
 
+def _hull_by_definition(points: np.ndarray, size: tuple[int, int], radius: float) -> np.ndarray:
+    """The distance of every pixel to every edge of the hull, with no block of pixels taken together."""
+    corners = cv2.convexHull(points.astype(np.float32))[:, 0].astype(np.float64)  # [N, 2]
+    edges = np.roll(corners, -1, axis=0) - corners
+    offset = np.stack(np.mgrid[: size[0], : size[1]][::-1], axis=-1)[:, :, None] - corners  # [H, W, N, 2]
+    length = np.maximum((edges**2).sum(axis=-1), np.finfo(np.float64).tiny)
+    along = np.clip((offset * edges).sum(axis=-1) / length, 0, 1)
+    distance = np.linalg.norm(offset - along[..., None] * edges, axis=-1).min(axis=-1)
+    side = edges[:, 0] * offset[..., 1] - edges[:, 1] * offset[..., 0]
+    inside = len(corners) > 2 and ((side >= 0).all(axis=-1) | (side <= 0).all(axis=-1))
+    return inside | (distance <= radius)
+
+
+@pytest.mark.parametrize("size", [(256, 192), (64, 48), (70, 61), (5, 9), (1, 1)])
+def test_hull_mask_equals_its_definition_pixel_by_pixel(size: tuple[int, int]) -> None:
+    random = np.random.default_rng(sum(size))
+    seen = set()
+    for joints, spread, whole in ((1, 0.3, True), (2, 0.3, False), (3, 1.0, True), (17, 0.1, True), (17, 0.6, False)):
+        points = (0.5 + spread * random.normal(size=(joints, 2))) * size[::-1]
+        points = np.round(points) if whole else points  # whole pixels lie on edges exactly
+        for radius in (0.0, 1.0, 7.3):
+            expected = _hull_by_definition(points, size, radius)
+            ours = hull_mask(points, size, box_height=radius, dilation=1.0)
+            np.testing.assert_array_equal(ours.numpy(), expected)
+            seen |= set(expected.ravel())
+    assert seen == {True, False} or size == (1, 1)
+
+
 def test_hull_mask_of_joints_on_a_line_and_at_a_point() -> None:
     line = hull_mask(np.array([[10.0, 20.0], [30.0, 20.0], [20.0, 20.0]]), (40, 40), box_height=20)
     expected = torch.zeros(40, 40, dtype=torch.bool)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from liftbyimage.data import apply_affine
 from liftbyimage.data.pose2sim import Pose2SimPeople
-from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source, open_source
+from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source, check_source, open_source
 
 POSE2SIM = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "pose2sim"
 needs_pose2sim = pytest.mark.skipif(not POSE2SIM.is_dir(), reason="shared/data/pose2sim is missing")
@@ -294,11 +294,12 @@ def test_lines_give_options_of_their_own_kind(mocap: Path) -> None:
         (
             "imagenet",
             "source must be one of synthetic, mocap, pose2sim, human3.6m, mpi-inf-3dhp, mpi-inf-3dhp-test, "
-            "got 'imagenet'",
+            "pictures, got 'imagenet'",
         ),
         (
             "",
-            "source must be one of synthetic, mocap, pose2sim, human3.6m, mpi-inf-3dhp, mpi-inf-3dhp-test, got ''",
+            "source must be one of synthetic, mocap, pose2sim, human3.6m, mpi-inf-3dhp, mpi-inf-3dhp-test, "
+            "pictures, got ''",
         ),
         (
             "synthetic:/data",
@@ -385,3 +386,70 @@ def test_other_errors_are_not_hidden() -> None:
 
     with pytest.raises(KeyError, match="a bug"):
         ReadableRecords(Broken(3, set()))[0]
+
+
+class Given(Source):
+    """One record, put together by a test."""
+
+    def __init__(self, groups=("all",), size=(64, 48), **changes):
+        self.groups, self.size, self.description = groups, size, {}
+        self.changes = changes
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        record = {
+            "image": np.zeros((64, 48, 3), np.uint8),
+            "keypoints": np.zeros((17, 2), np.float32),
+            "crop_matrix": np.zeros((2, 3)),
+            "image_size": np.ones(2, np.float32),
+            "pose_3d": np.zeros((17, 3), np.float32),
+            "mask": np.zeros((64, 48), bool),
+            "group": 0,
+        }
+        return {name: value for name, value in {**record, **self.changes}.items() if value is not None}
+
+
+def test_a_source_as_it_must_be_is_taken():
+    assert check_source("data", Given())["group"] == 0
+    assert "pose_3d" not in check_source("data", Given(pose_3d=None, mask=None))
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (Given(size=(128, 96)), "data: image must be uint8 [128, 96, 3], got uint8 [64, 48, 3]"),
+        (Given(image=np.zeros((64, 48, 3))), "data: image must be uint8 [64, 48, 3], got float64 [64, 48, 3]"),
+        (
+            Given(keypoints=np.zeros((16, 2), np.float32)),
+            "data: keypoints must be float32 [17, 2], got float32 [16, 2]",
+        ),
+        (
+            Given(image_size=None),
+            "data: records must hold image_size, "
+            "got image, keypoints, crop_matrix, pose_3d, mask, group, index, problem",
+        ),
+        (Given(group="all"), "data: group must be a number below 1, got 'all'"),
+        (Given(group=1), "data: group must be a number below 1, got 1"),
+        (Given(group=None), "data: group must be a number below 1, got None"),
+        (
+            Given(pose_3d=np.full((17, 3), 900, np.float32)),
+            "data: pose_3d must be metres from the pelvis, got a joint at 900",
+        ),
+    ],
+)
+def test_a_source_that_breaks_the_contract_is_refused(source, text):
+    with pytest.raises(ValueError) as caught:
+        check_source("data", source)
+    assert str(caught.value) == text
+
+
+def test_a_source_without_groups_is_refused():
+    class Bare(Given):
+        def __init__(self):
+            self.size, self.description, self.changes = (64, 48), {}, {}
+
+    with pytest.raises(ValueError) as caught:
+        check_source("data", Bare())
+    assert str(caught.value) == "data must have groups, as a data.source.Source has, got a Bare"

@@ -1,5 +1,6 @@
 """The stage-2 cache: the same numbers as without it, resumed by presence, refused for anything else than it holds."""
 
+import io
 import json
 import shutil
 from collections import namedtuple
@@ -8,14 +9,16 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.data import default_collate
 
 from liftbyimage.batches import make_batch, mirror
 from liftbyimage.data.source import CorruptRecord, Source
 from liftbyimage.data.synthetic import SyntheticPeople
 from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyLifter, TinyEncoder
-from liftbyimage.training import stage2_cache
+from liftbyimage.training import TrainingConfig, stage2_cache, train
 from liftbyimage.training.prefetch import prefetch
+from liftbyimage.training.signals import StopRequest
 from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import FocusedExploration
 
@@ -29,11 +32,12 @@ STAGE = FocusedExploration()
 class Records(Source):
     """Records of another source, as it came when this was made; those in `corrupt` cannot be read."""
 
-    groups, corrupt = ("all",), ()
+    corrupt = ()
 
     def __init__(self, source, corrupt=(), drop=(), **description):
+        self.source = source
         self.records = [{k: v for k, v in source[i].items() if k not in drop} for i in range(len(source))]
-        self.size, self.corrupt, self.reads = source.size, corrupt, []
+        self.groups, self.size, self.corrupt, self.reads = source.groups, source.size, corrupt, []
         self.description = {**source.description, **description}
 
     def __len__(self):
@@ -102,6 +106,12 @@ def test_rows_are_what_the_frozen_stage_makes_of_records(tmp_path, people, formu
     assert torch.equal(pose_3d, truth)
 
 
+def test_a_batch_may_be_empty(tmp_path, people, pipeline):
+    cache = open_cache(tmp_path, pipeline, people)
+    kept, pose_3d = cache.batch(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool))
+    assert [list(part.shape) for part in (*kept, pose_3d)] == [[0, 17, 16], [0, 57, 16], [0, 17, 3], [0, 17, 3]]
+
+
 def test_mirrored_rows_differ_from_straight_ones(tmp_path, people, pipeline):
     """Or the test above would not see that they were swapped."""
     cache = open_cache(tmp_path, pipeline, people)
@@ -150,6 +160,25 @@ def test_losses_of_stage_2_are_those_without_the_cache(tmp_path, people):
     assert with_cache[-4:].mean() < with_cache[:4].mean()
 
 
+def test_training_is_the_same_with_and_without_the_cache(tmp_path, people):
+    """Both stages; the second run with the cache finds it whole."""
+    settings = {"encoder": "tiny", "encoder_config": {"channels": 8}, "lifter": {"dim": 16, "heads": 2}}
+    settings |= {"epochs": 1, "stage2_epochs": 3, "batch_size": 4, "device": "cpu"}
+    cache = str(tmp_path / "cache")
+
+    def curves(out, **more):
+        console = Console(file=io.StringIO())
+        return train(TrainingConfig(**settings, **more), tmp_path / out, source=people, console=console).curves["loss"]
+
+    without, first = curves("without"), curves("first", cache=cache)
+    people.reads.clear()
+    second = curves("second", cache=cache)
+    assert len(people.reads) < 2 * COUNT  # of stage 1's epoch and a look at the first record; none of stage 2
+    assert first == second and first["stage 1"] == without["stage 1"]
+    assert len(first["stage 2"]) == 9
+    assert first["stage 2"] == pytest.approx(without["stage 2"], rel=1e-6, abs=0)
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -166,6 +195,19 @@ def test_only_a_missing_shard_is_computed_again(tmp_path, people, pipeline):
     assert files(tmp_path) == before
     for name in (SHARDS[0], SHARDS[2]):
         assert (tmp_path / name).stat().st_mtime_ns == times[name]
+
+
+def test_broken_problems_of_a_shard_are_refused(tmp_path, people, pipeline):
+    open_cache(tmp_path, pipeline, people)
+    problems = tmp_path / SHARDS[1].replace("npy", "json")
+    problems.write_text("{")
+    with pytest.raises(ValueError) as error:
+        open_cache(tmp_path, pipeline, people)
+    assert str(error.value) == f"cache: {problems} is not valid JSON; delete it, and its shard is made anew"
+    problems.unlink()
+    people.reads.clear()
+    open_cache(tmp_path, pipeline, people)
+    assert people.reads == [4, 5, 6, 7]
 
 
 def test_a_cut_shard_is_computed_again(tmp_path, people, pipeline):
@@ -247,6 +289,35 @@ def test_patches_beyond_float16_are_refused(tmp_path, people, pipeline):
         open_cache(tmp_path, pipeline, people, dtype=torch.float16)
 
 
+def test_asked_to_stop_it_ends_between_shards_and_goes_on_later(tmp_path, people, pipeline, monkeypatch):
+    monkeypatch.setattr(stage2_cache._Layout, "records_per_shard", PER_SHARD)
+    stop = StopRequest()
+    torn = Records(people.source, corrupt=())
+    read = torn.__class__.__getitem__
+
+    def ask_after_some(self, index):
+        stop.requested = stop.requested or index >= PER_SHARD
+        return read(self, index)
+
+    monkeypatch.setattr(Records, "__getitem__", ask_after_some)
+    assert open_cache(tmp_path, pipeline, torn, stop=stop) is None
+    there = sorted(path.name for path in tmp_path.glob("*.npy"))
+    assert there == ["shard-00000.npy"] and not list(tmp_path.glob(".*"))
+    stop.requested = False
+    monkeypatch.setattr(Records, "__getitem__", read)
+    assert len(open_cache(tmp_path, pipeline, torn, stop=stop)) == COUNT
+
+
+def test_stage_1_computes_in_the_runs_precision(tmp_path, people, pipeline):
+    index, straight = torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    whole, _ = open_cache(tmp_path / "whole", pipeline, people).batch(index, straight)
+    mixed, _ = open_cache(tmp_path / "mixed", pipeline, people, precision="bfloat16").batch(index, straight)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = STAGE.keep(pipeline.eval(), make_batch(pipeline.lifter, default_collate(people.records)))
+    off = (whole.joints - mixed.joints).abs().max()
+    assert off > 1e-4 and (expected.joints.float() - mixed.joints).abs().max() < off / 3
+
+
 CHANGES = {
     "retention": (
         lambda pipeline, people: (make_pipeline(retention=0.5), people, {}),
@@ -256,6 +327,10 @@ CHANGES = {
     "dtype": (
         lambda pipeline, people: (pipeline, people, {"dtype": torch.bfloat16}),
         'dtype: "float32" there, "bfloat16" here',
+    ),
+    "precision": (
+        lambda pipeline, people: (pipeline, people, {"precision": "bfloat16"}),
+        'precision: "float32" there, "bfloat16" here',
     ),
     "source": (
         lambda pipeline, people: (pipeline, Records(people, seed=4, extra=1), {}),
@@ -285,14 +360,14 @@ def test_another_origin_is_refused(tmp_path, people, pipeline, change, monkeypat
 def test_other_weights_are_refused(tmp_path, people, pipeline, name):
     state = pipeline.state_dict()
     open_cache(tmp_path, pipeline, people)
-    there = json.loads((tmp_path / "key.json").read_text())["weights"][:12]
+    there = json.loads((tmp_path / "key.json").read_text())["weights"]
     with torch.no_grad():
         state[name].view(-1)[0].add_(1e-3)
-    here = stage2_cache._digest(pipeline)[:12]
-    assert here != there
+    here = stage2_cache._digest(pipeline)
+    assert here[:39] != there[:39]
     with pytest.raises(ValueError) as caught:
         open_cache(tmp_path, pipeline, people)
-    difference = f"weights: {there} there, {here} here"
+    difference = f'weights: "{there[:39]}… there, "{here[:39]}… here'
     assert str(caught.value) == (
         f"cache: {tmp_path} was made of something else ({difference}); name another folder or delete that one"
     )

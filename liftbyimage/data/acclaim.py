@@ -123,7 +123,7 @@ def read_asf(path: str | Path) -> Skeleton:
     sections = _sections(Path(path))
     unit, degrees = _units(sections.get(":units", []))
     root = {line.words[0].lower(): line for line in sections[":root"][1:]}
-    bones = {"root": _root(root, sections[":root"][0], degrees)}
+    bones = {"root": _root(root, sections[":root"][0])}
     for block in _blocks(sections[":bonedata"]):
         name, bone = _bone(block, degrees)
         if name in bones:
@@ -179,14 +179,14 @@ def _units(lines: Sequence[_Line]) -> tuple[float, float]:
     return _INCH / length, degrees
 
 
-def _root(given: dict[str, _Line], section: _Line, degrees: float) -> _Bone:
-    for key in ("order", "axis", "position", "orientation"):
+def _root(given: dict[str, _Line], section: _Line) -> _Bone:
+    for key in ("order", "position", "orientation"):
         if key not in given:
             raise section.error(f"the section :root lacks {key}")
-    order = _turning_order(given["axis"], given["axis"].words[-1])
-    orientation = [degrees * angle for angle in given["orientation"].numbers(3, "an orientation")]
+    if any(given["orientation"].numbers(3, "an orientation")):
+        raise given["orientation"].wrong("orientation 0 0 0: programs differ in what another one means")
     position = np.array(given["position"].numbers(3, "a position"))
-    return _Bone(position, _turned(order, orientation), _channels(given["order"], _CHANNELS))
+    return _Bone(position, np.eye(3), _channels(given["order"], _CHANNELS))
 
 
 def _bone(block: dict[str, _Line], degrees: float) -> tuple[str, _Bone]:
@@ -198,15 +198,11 @@ def _bone(block: dict[str, _Line], degrees: float) -> tuple[str, _Bone]:
     direction = np.array(block["direction"].numbers(3, "a direction"))
     (length,) = block["length"].numbers(1, "a length")
     angles = [degrees * angle for angle in block["axis"].numbers(3, "an axis")]
-    order = _turning_order(block["axis"], block["axis"].words[-1])
+    order = block["axis"].words[-1].lower()
+    if order not in _ORDERS:
+        raise block["axis"].wrong("an axis order such as XYZ at its end")
     channels = _channels(block["dof"], _CHANNELS[3:]) if "dof" in block else ()
     return block["name"].words[1], _Bone(direction * length, _turned(order, angles), channels)
-
-
-def _turning_order(line: _Line, word: str) -> str:
-    if word.lower() not in _ORDERS:
-        raise line.wrong("an axis order such as XYZ at its end")
-    return word.lower()
 
 
 def _turned(order: str, degrees: Sequence[float]) -> Array:

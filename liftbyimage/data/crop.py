@@ -215,7 +215,8 @@ def read_image(path: str | Path) -> np.ndarray:
     if not Path(path).is_file():
         raise ValueError(f"image {path}: no such file")
     try:
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        # From memory, since `cv2.imread` takes a JPEG file that is cut short and fills the rest with grey.
+        image = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
         image = None
     if image is None:

@@ -1,7 +1,7 @@
 """Captured motion before the synthetic scenes' cameras: people who move as someone did.
 
 The skeleton's Human3.6M-17 joints come from the bones of the CMU Graphics Lab database's ASF files: a bone's name
-stands for where it ends, and the joints lie where Human3.6M's do on a standing adult:
+stands for where it ends, and the joints are chosen to lie near Human3.6M's:
 
 - hips, knees, ankles, shoulders and elbows: ends of the hip joints, femurs, tibias, clavicles and humeri;
 - wrists: ends of the bones called wrist, which are the part of the forearm that twists;

@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 # name → where its class is; imported when a source of that name is opened
@@ -86,6 +88,54 @@ class ReadableRecords(Dataset[dict[str, Any]]):
                     raise
                 problem = problem or str(error)
         raise ValueError(f"none of the {len(self)} records can be read: {problem}")
+
+
+# What a record must hold: dtype and shape, H and W being those of `size`.
+_FIELDS: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {
+    "image": (torch.uint8, ("H", "W", 3)),
+    "keypoints": (torch.float32, (17, 2)),
+    "crop_matrix": (torch.float64, (2, 3)),
+    "image_size": (torch.float32, (2,)),
+    "pose_3d": (torch.float32, (17, 3)),
+    "mask": (torch.bool, ("H", "W")),
+}
+_OPTIONAL = ("pose_3d", "mask")
+_REACH = 5.0  # metres; no joint is farther from the pelvis
+
+
+def check_source(what: str, source: Source) -> dict[str, Any]:
+    """Refuse a source whose first readable record is not as `Source` says; returns that record.
+
+    Args:
+        what: what the source is to the caller, the first words of every refusal.
+
+    Raises:
+        ValueError: an attribute or a field that is missing or of another kind, a group that `groups` lacks, or poses
+            that cannot be metres.
+    """
+    missing = [name for name in ("groups", "size", "description") if not hasattr(source, name)]
+    if missing:
+        raise ValueError(f"{what} must have {missing[0]}, as a data.source.Source has, got a {type(source).__name__}")
+    record = ReadableRecords(source)[0]
+    sides = dict(zip("HW", source.size, strict=True))
+    for name, (dtype, shape) in _FIELDS.items():
+        if name in record:
+            expected, value = _kind(dtype, [sides.get(side, side) for side in shape]), torch.as_tensor(record[name])
+            if _kind(value.dtype, value.shape) != expected:
+                raise ValueError(f"{what}: {name} must be {expected}, got {_kind(value.dtype, value.shape)}")
+        elif name not in _OPTIONAL:
+            raise ValueError(f"{what}: records must hold {name}, got {', '.join(record)}")
+    group = record.get("group")
+    if not isinstance(group, (int, np.integer)) or not 0 <= group < len(source.groups):
+        raise ValueError(f"{what}: group must be a number below {len(source.groups)}, got {group!r}")
+    reach = torch.as_tensor(record.get("pose_3d", [0.0])).abs().max().item()
+    if reach > _REACH:
+        raise ValueError(f"{what}: pose_3d must be metres from the pelvis, got a joint at {reach:.0f}")
+    return record
+
+
+def _kind(dtype: torch.dtype, shape: Iterable[int | str]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def open_source(line: str, **options: Any) -> Source:

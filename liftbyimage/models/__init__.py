@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from liftbyimage.models.heatmaps import decode_heatmaps, flip_average
 from liftbyimage.models.hrnet import HRNet, hrnet_w32, hrnet_w48
 from liftbyimage.models.lift_by_image import LiftByImage, LiftByImageConfig, LiftedPose
 from liftbyimage.models.optimize import OptimizationReport
-from liftbyimage.models.pipeline import Pipeline
+from liftbyimage.models.pipeline import Lifter, Pipeline
 from liftbyimage.models.pose_only import PoseOnlyConfig, PoseOnlyLifter
 from liftbyimage.models.tiny_encoder import TinyEncoder
 
@@ -42,23 +42,7 @@ __all__ = [
 ]
 
 
-def _lift_by_image(**config: Any) -> LiftByImage:
-    return LiftByImage(LiftByImageConfig(**config))
-
-
-def _context_aware_poseformer(**config: Any) -> ContextAwarePoseFormer:
-    return ContextAwarePoseFormer(ContextAwarePoseFormerConfig(**config))
-
-
-def _pose_only(**config: Any) -> PoseOnlyLifter:
-    return PoseOnlyLifter(PoseOnlyConfig(**config))
-
-
-LIFTERS: dict[str, Callable[..., nn.Module]] = {
-    LiftByImage.name: _lift_by_image,
-    ContextAwarePoseFormer.name: _context_aware_poseformer,
-    PoseOnlyLifter.name: _pose_only,
-}
+LIFTERS: dict[str, type[Lifter]] = {kind.name: kind for kind in (LiftByImage, ContextAwarePoseFormer, PoseOnlyLifter)}
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "hrnet-w32": hrnet_w32,
     "hrnet-w48": hrnet_w48,
@@ -66,18 +50,20 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(name: str, **config: Any) -> nn.Module:
+def build(name: str, **config: Any) -> Lifter:
     """A lifter by its name, "lift-by-image", "context-aware-poseformer" or "pose-only", with its configuration as
     keyword arguments."""
-    return _build("lifter", LIFTERS, name, config)
+    _check_name("lifter", LIFTERS, name)
+    kind = LIFTERS[name]
+    return kind(kind.config_type(**config))
 
 
 def build_encoder(name: str, **config: Any) -> nn.Module:
     """An encoder by its name, "hrnet-w32", "hrnet-w48" or "tiny"."""
-    return _build("encoder", ENCODERS, name, config)
+    _check_name("encoder", ENCODERS, name)
+    return ENCODERS[name](**config)
 
 
-def _build(kind: str, known: dict[str, Callable[..., nn.Module]], name: str, config: dict[str, Any]) -> nn.Module:
+def _check_name(kind: str, known: Collection[str], name: str) -> None:
     if name not in known:
         raise ValueError(f"{kind} must be one of {', '.join(known)}, got {name!r}")
-    return known[name](**config)

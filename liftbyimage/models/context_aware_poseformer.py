@@ -94,7 +94,7 @@ class ContextAwarePoseFormer(nn.Module):
         config: sizes.
     """
 
-    name = "context-aware-poseformer"
+    name, config_type = "context-aware-poseformer", ContextAwarePoseFormerConfig
     reads = "branches"  # the encoder's method that gives what this lifter reads
     encoder_is_frozen = True  # it stays in evaluation mode and gets no gradient
 
@@ -160,6 +160,11 @@ class ContextAwarePoseFormer(nn.Module):
         read = sample_context(feature_maps, pose_crop, at_the_joint, whole, padding="zeros")  # [B, J, 1, C_l] each
         embedded = [embed(context[:, :, 0]) for embed, context in zip(self.feat_embed, read, strict=True)]
         return torch.stack(embedded, dim=1) + self.Spatial_pos_embed[:, 1:]
+
+    @staticmethod
+    def sizes(encoder: nn.Module, crop_size: tuple[int, int]) -> dict[str, Any]:
+        """What an encoder decides of the configuration; crops may have any size."""
+        return {"channels": encoder.branch_channels}
 
     def check_encoder(self, encoder: nn.Module) -> None:
         channels = getattr(encoder, "branch_channels", None)

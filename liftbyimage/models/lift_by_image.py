@@ -102,7 +102,7 @@ class LiftByImage(nn.Module):
             agree to rounding.
     """
 
-    name = "lift-by-image"
+    name, config_type = "lift-by-image", LiftByImageConfig
     reads = "features"  # the encoder's method that gives what this lifter reads
     encoder_is_frozen = False
 
@@ -195,6 +195,11 @@ class LiftByImage(nn.Module):
         positions = self.positions.to(features.dtype).expand(features.shape[0], -1, -1)
         patches = FactoredPatches(torch.cat([features.flatten(2).transpose(1, 2), positions], dim=2), embedding, bias)
         return patches.dense() if self.formulation in ("projected", "absorbed") else patches
+
+    @staticmethod
+    def sizes(encoder: nn.Module, crop_size: tuple[int, int]) -> dict[str, Any]:
+        """What an encoder and crops of (height, width) px decide of the configuration."""
+        return {"image_channels": encoder.channels, "grid": tuple(side // encoder.stride for side in crop_size)}
 
     def check_encoder(self, encoder: nn.Module) -> None:
         channels = getattr(encoder, "channels", None)

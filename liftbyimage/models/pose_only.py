@@ -27,6 +27,17 @@ class PoseOnlyConfig:
     layers: int = 8
     num_joints: int = 17
 
+    def __post_init__(self) -> None:
+        for name in ("dim", "heads", "layers", "num_joints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"PoseOnlyConfig: {name} must be >= 1, got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"PoseOnlyConfig: dim must be a multiple of heads, got {self.dim} and {self.heads}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"PoseOnlyConfig: mlp_ratio must be more than 0, got {self.mlp_ratio}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"PoseOnlyConfig: dropout must be in [0, 1), got {self.dropout}")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -40,7 +51,7 @@ class PoseOnlyLifter(nn.Module):
         config: sizes.
     """
 
-    name = "pose-only"
+    name, config_type = "pose-only", PoseOnlyConfig
     reads = None  # nothing of an encoder
     encoder_is_frozen = False
 
@@ -65,6 +76,11 @@ class PoseOnlyLifter(nn.Module):
                 f"PoseOnlyLifter: pose_2d must have shape [B, {self.config.num_joints}, 2], got {list(pose_2d.shape)}"
             )
         return root_relative(self.head(self.layers(self.pose_embed(pose_2d) + self.joint_embedding)))
+
+    @staticmethod
+    def sizes(encoder: None, crop_size: tuple[int, int]) -> dict[str, Any]:
+        """Nothing of the configuration depends on images."""
+        return {}
 
     def check_encoder(self, encoder: nn.Module | None) -> None:
         if encoder is not None:

@@ -9,6 +9,7 @@ from liftbyimage.nn.factored_patches import FactoredPatches
 from liftbyimage.nn.formulation import Formulation
 from liftbyimage.nn.joint_side import JointSide
 from liftbyimage.ops import guide_patches, pose_guided_attention
+from liftbyimage.ops.attend_patches import statistics_dtype
 
 
 class PoseGuidedLayer(JointSide):
@@ -70,7 +71,7 @@ class PoseGuidedLayer(JointSide):
         if isinstance(patches, FactoredPatches):
             guided = guide_patches(query, patches.channels, scale=scale)
             attention = guided.channels[..., patches.channels.shape[2] :]  # [B, P, H · J]
-            importance = attention.float().mean(2) if need_importance else None
+            importance = attention.mean(2, dtype=statistics_dtype(attention.dtype)) if need_importance else None
             return guided.context, patches.guided(guided.channels, rows), importance
         tokens = memory.key if memory.key is memory.value else patches
         result = pose_guided_attention(query, memory.key, memory.value, rows, tokens, scale=scale)

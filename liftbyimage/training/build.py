@@ -10,14 +10,8 @@ from torch import nn
 
 from liftbyimage import models
 from liftbyimage.checkpoint import load_state, official_hrnet, read_checkpoint
-from liftbyimage.models import ContextAwarePoseFormerConfig, LiftByImageConfig, Pipeline, PoseOnlyConfig
+from liftbyimage.models import Pipeline
 from liftbyimage.training.config import TrainingConfig, check_values
-
-_LIFTER_CONFIGS = {
-    "lift-by-image": LiftByImageConfig,
-    "context-aware-poseformer": ContextAwarePoseFormerConfig,
-    "pose-only": PoseOnlyConfig,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +21,7 @@ class Start:
     pipeline: Pipeline
     encoder: str | None
     encoder_config: dict[str, Any]
+    encoder_is_new: bool  # its weights are random
 
 
 def build_pipeline(config: TrainingConfig, crop_size: tuple[int, int]) -> Start:
@@ -45,7 +40,8 @@ def build_pipeline(config: TrainingConfig, crop_size: tuple[int, int]) -> Start:
         lifter = _lifter(config, init, encoder, crop_size)
     if init is not None:
         load_state(lifter, init["lifter_state"], f"init {config.init}: lifter")
-    return Start(Pipeline(encoder, lifter), name, encoder_config)
+    encoder_is_new = encoder is not None and init is None and config.encoder_weights is None
+    return Start(Pipeline(encoder, lifter), name, encoder_config, encoder_is_new)
 
 
 def _encoder(
@@ -69,7 +65,11 @@ def _encoder(
         built = models.build_encoder(name, **settings)
     except TypeError as error:
         raise ValueError(f"TrainingConfig: encoder_config does not fit {name}: {error}") from None
-    if init is not None and init["encoder_state"] is not None:
+    if init is not None:
+        if init["encoder_state"] is None:
+            raise ValueError(
+                f"TrainingConfig: init {config.init} holds no encoder weights, encoder_weights must give them"
+            )
         load_state(built, init["encoder_state"], f"init {config.init}: encoder")
     return built, name, dict(settings)
 
@@ -77,31 +77,21 @@ def _encoder(
 def _lifter(
     config: TrainingConfig, init: dict[str, Any] | None, encoder: nn.Module | None, crop_size: tuple[int, int]
 ) -> nn.Module:
-    check_values("TrainingConfig: lifter", _LIFTER_CONFIGS[config.model], config.lifter)
-    needed = _decided_by_the_encoder(config.model, encoder, crop_size)
+    kind = models.LIFTERS[config.model]
+    check_values("TrainingConfig: lifter", kind.config_type, config.lifter)
+    if kind.reads is not None and not hasattr(encoder, kind.reads):
+        raise ValueError(f"TrainingConfig: encoder must be an HRNet for a {config.model}, which reads its {kind.reads}")
+    needed = kind.sizes(encoder, crop_size)
     given = {**(init["lifter_config"] if init else {}), **config.lifter}
     for key, value in needed.items():
-        if list_of(given.get(key, value)) != list_of(value):
+        if _as_list(given.get(key, value)) != _as_list(value):
             height, width = crop_size
             raise ValueError(
-                f"TrainingConfig: lifter.{key} must be {list_of(value)} for this encoder and crops of {height}x{width} "
-                f"px, got {list_of(given[key])}"
+                f"TrainingConfig: lifter.{key} must be {_as_list(value)} for this encoder and crops of "
+                f"{height}x{width} px, got {_as_list(given[key])}"
             )
     return models.build(config.model, **{**given, **needed})
 
 
-def _decided_by_the_encoder(model: str, encoder: nn.Module | None, crop_size: tuple[int, int]) -> dict[str, Any]:
-    if model == "lift-by-image":
-        grid = tuple(side // encoder.stride for side in crop_size)
-        return {"image_channels": encoder.channels, "grid": grid}
-    if model == "context-aware-poseformer":
-        if not hasattr(encoder, "branch_channels"):
-            raise ValueError(
-                "TrainingConfig: encoder must be an HRNet for a context-aware-poseformer, which reads its four branches"
-            )
-        return {"channels": encoder.branch_channels}
-    return {}
-
-
-def list_of(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value

@@ -47,7 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # Where and how often, not what: a run may continue with other values of these. (The records are compared themselves.)
-MAY_CHANGE = ("data", "validate", "workers", "device", "cache", "strict", "save_every_minutes")
+MAY_CHANGE = ("data", "validate", "workers", "device", "cache", "strict", "save_every_minutes", "pictures")
 
 _AT_LEAST: dict[str, float] = {
     "epochs": 0,
@@ -60,6 +60,7 @@ _AT_LEAST: dict[str, float] = {
     "workers": 0,
     "seed": 0,
     "limit_validation": 1,
+    "pictures": 0,
 }
 _MORE_THAN: dict[str, float] = {"learning_rate": 0, "decay": 0, "clip_norm": 0, "save_every_minutes": 0}
 
@@ -95,7 +96,8 @@ class TrainingConfig:
         cache: folder for what stage 2 starts from, computed once; None: computed again every epoch.
         save_every_minutes: between two writings of last.pt within an epoch.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", …
-        limit_validation: validate on the first so many records; None: on all.
+        limit_validation: validate on so many records, evenly spread; None: on all.
+        pictures: how many of them to draw for TensorBoard after every validation, half a second each.
 
     Raises:
         TypeError, ValueError: a value of another kind or range, naming the key.
@@ -133,6 +135,7 @@ class TrainingConfig:
     save_every_minutes: float = 10.0
     device: str = "auto"
     limit_validation: int | None = None
+    pictures: int = 3
 
     def __post_init__(self) -> None:
         check_values("TrainingConfig", TrainingConfig, vars(self))
@@ -147,6 +150,8 @@ class TrainingConfig:
             self._check_range(key, ">=", least, lambda value, least: value >= least)
         for key, bound in _MORE_THAN.items():
             self._check_range(key, ">", bound, lambda value, bound: value > bound)
+        if self.seed >= 2**63:
+            raise ValueError(f"TrainingConfig: seed must be < 2**63, got {self.seed}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"TrainingConfig: ema must be between 0 and 1, got {self.ema}")
         if self.encoder is not None and self.encoder not in models.ENCODERS:

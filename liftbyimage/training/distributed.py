@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from liftbyimage.predict import chosen_device
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -76,18 +78,21 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
+def processes(device: str, precision: str = "float32") -> Iterator[Processes]:
     """The processes that torchrun started, or this one alone. A process group that exists already is used and left.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu" or "cuda"; under torchrun every process of a machine takes the
-            CUDA device of its local rank.
+        device: "auto" (the GPU where there is one), "cpu" or "cuda"; under torchrun every process of a machine takes
+            the GPU of its local rank.
+        precision: what the device must be able to compute in.
 
     Raises:
-        ValueError: CUDA is asked for where there is none, or no such device.
+        ValueError: no such device here, or one that cannot compute in that precision.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _device(device, world)
+    chosen = chosen_device("train", device, precision)
+    if world > 1 and chosen.type == "cuda" and chosen.index is None:
+        chosen = chosen_device("train", f"cuda:{os.environ['LOCAL_RANK']}", precision)
     if world == 1:
         yield Processes(0, 1, chosen)
         return
@@ -101,26 +106,6 @@ def processes(device: str) -> Iterator[Processes]:
     finally:
         if ours:
             dist.destroy_process_group()
-
-
-def _device(name: str, world: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if device.type == "cpu":
-        return device
-    if not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} needs CUDA, which PyTorch does not find here")
-    if world > 1 and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(device)!r} does not exist: this machine has {torch.cuda.device_count()}")
-    return device
 
 
 class _Total(torch.autograd.Function):

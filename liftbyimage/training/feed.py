@@ -19,7 +19,10 @@ from liftbyimage.batches import Batch, make_batch, mirror
 from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.data.source import ReadableRecords, Source
 from liftbyimage.models.pipeline import Lifter
+from liftbyimage.reading import leave_signals_to_the_parent
 from liftbyimage.training.config import TrainingConfig
+from liftbyimage.training.prefetch import prefetch
+from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import Kept
 
 # What a random draw is for: the same numbers must not serve two purposes.
@@ -90,7 +93,8 @@ def record_loader(source: Source, batches: Batches, config: TrainingConfig) -> D
         batch_sampler=batches,
         num_workers=config.workers,
         collate_fn=partial(_collate, size=source.size),
-        worker_init_fn=_leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # or it would draw from the global one
+        worker_init_fn=leave_signals_to_the_parent,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )
@@ -107,11 +111,15 @@ def parts_from_records(
         yield Part(batch, batch.pose_3d, [problem for problem in records["problem"] if problem])
 
 
-def parts_from_cache(cache: Any, batches: Batches, mirrored: Tensor, device: torch.device) -> Iterator[Part]:
-    for records in batches:
+def parts_from_cache(cache: Stage2Cache, batches: Batches, mirrored: Tensor, device: torch.device) -> Iterator[Part]:
+    """The next part is read from disk while the caller works on one."""
+
+    def read(records: list[int]) -> Part:
         index = torch.tensor(records, dtype=torch.int64)
         kept, pose_3d = cache.batch(index, mirrored[index])
-        problems = [cache.problems[record] for record in records if record in cache.problems]
+        return Part(kept, pose_3d, [cache.problems[record] for record in records if record in cache.problems])
+
+    for kept, pose_3d, problems in prefetch(read, batches):
         yield Part(Kept(*(tensor.to(device) for tensor in kept)), pose_3d.to(device), problems)
 
 
@@ -131,11 +139,3 @@ def _collate(records: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, 
         "index": torch.empty(0, dtype=torch.int64),
         "problem": [],
     }
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the whole process group asks the trainer to stop after its step, for which it needs its records."""
-    import signal
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

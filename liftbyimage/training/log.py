@@ -12,24 +12,29 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from liftbyimage.batches import joint_order, make_batch
+from liftbyimage.batches import make_batch
 from liftbyimage.data.crop import apply_affine
 from liftbyimage.data.source import ReadableRecords, Source
-from liftbyimage.models import LiftedPose, Pipeline
+from liftbyimage.models import Pipeline
+from liftbyimage.ops import keep_count
+from liftbyimage.predict import predict
 from liftbyimage.training.distributed import Processes
+from liftbyimage.training.stages import Stage
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from liftbyimage.training.trainer import Place
 
-PICTURES = 4
 PROBLEMS_SHOWN = 3
+INPUTS = ("image", "keypoints", "crop_matrix", "image_size")
 
 
 class Log:
     """Reports a run; only the first process draws curves, and every process says which records it could not read."""
 
-    def __init__(self, out: Path, group: Processes, console: Console | None) -> None:
-        self.out, self.group = out, group
+    def __init__(self, out: Path, group: Processes, pictures: int, console: Console | None) -> None:
+        self.out, self.group, self.pictures = out, group, pictures
         self.console = console or Console(stderr=True)
         self.seen: set[str] = set()  # problems that were told
         self.bar: Progress | None = None
@@ -60,7 +65,7 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.say("TensorBoard is not installed (pip install 'liftbyimage[train]'): curves go to curves.json only.")
+            self.say("TensorBoard is not installed (pip install tensorboard): curves go to curves.json only.")
             return None
         return SummaryWriter(self.out / "tensorboard", purge_step=step)
 
@@ -77,14 +82,12 @@ class Log:
 
     def begin_epoch(self, stage: str, place: Place, epochs: int, steps: int) -> None:
         self.title = f"{stage}, epoch {place.epoch + 1} of {epochs}"
-        self.losses: list[float] = []
         self.unread = 0
         if self.bar is not None:
             self.task = self.bar.add_task(self.title, total=steps, completed=place.step, loss="")
 
     def step(self, step: int, loss: float, rate: float, seconds: float, unread: int) -> None:
         """`unread`: how many of the step's records could not be read, in all processes."""
-        self.losses.append(loss)
         self.unread += unread
         if self.bar is not None:
             self.bar.update(self.task, advance=1, loss=f"loss {loss:.5f}")
@@ -92,51 +95,53 @@ class Log:
             for name, value in (("loss", loss), ("learning rate", rate), ("seconds per step", seconds)):
                 self.board.add_scalar(name, value, step)
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, losses: list[float], complete: bool) -> None:
         if self.unread:
             text = f"warning: {self.unread} records could not be read in {self.title}; the next ones stood in for them."
             if self.group.first:
                 self.console.print(text, markup=False, highlight=False, soft_wrap=True, style="yellow")
-        self.say(f"{self.title}: loss {np.mean(self.losses):.5f}")
+        if complete:
+            self.say(f"{self.title}: loss {np.mean(losses):.5f}")
         if self.bar is not None:
             self.bar.remove_task(self.task)
 
-    def validated(self, step: int, errors: Mapping[str, float], pipeline: Pipeline, source: Source) -> None:
-        self.say(", ".join(f"  validation {name} {value:.1f}" for name, value in errors.items()))
+    def validated(
+        self, step: int, errors: Mapping[str, float], stage: Stage, pipeline: Pipeline, source: Source
+    ) -> None:
+        self.say("  validation: " + ", ".join(f"{name} {value:.1f}" for name, value in errors.items()))
         if self.board is None:
             return
         for name, value in errors.items():
             self.board.add_scalar(f"validation/{name}", value, step)
-        for number, figure in enumerate(pictures(pipeline, source, self.group.device)):
+        for number, figure in enumerate(draw_people(pipeline, stage, source, self.pictures, self.group.device)):
             self.board.add_figure(f"validation/{number}", figure, step)
 
 
-@torch.no_grad()
-def pictures(pipeline: Pipeline, source: Source, device: torch.device) -> Iterator[Any]:
-    """Drawings of the lifted people of a few fixed records of `source`."""
-    from liftbyimage.draw import picture_of_person
+def draw_people(pipeline: Pipeline, stage: Stage, source: Source, count: int, device: torch.device) -> Iterator[Figure]:
+    """Drawings of `count` lifted people of `source`, always the same, from its beginning to its end; in stage 1 of the
+    coarse pose alone, for nobody has trained the refined one."""
+    from liftbyimage.draw import picture_of_person  # matplotlib takes long to import
 
-    lifter = pipeline.lifter
-    h36m = np.argsort(joint_order(lifter))  # the lifter's joints in the Human3.6M order
     readable = ReadableRecords(source)
     pipeline.eval()
-    for index in np.linspace(0, len(source) - 1, min(PICTURES, len(source))).astype(int):
-        record = readable[int(index)]
-        records = {
-            key: torch.as_tensor(record[key])[None] for key in ("image", "keypoints", "crop_matrix", "image_size")
-        }
-        batch = make_batch(lifter, records, device)
-        lifted = pipeline(batch.images, *batch.poses)
+    count = min(count, len(source))
+    for number in range(count):
+        record = readable[number * len(source) // count]
+        inputs = {name: torch.as_tensor(record[name])[None] for name in INPUTS}
+        lifted = predict(pipeline, make_batch(pipeline.lifter, inputs, device))
+        pose, coarse = lifted.pose_3d, lifted.coarse_pose_3d
+        if stage.measured and coarse is not None:
+            pose, coarse = coarse, None
         patches = (None, None, None)
-        if isinstance(lifted, LiftedPose):
-            patches = (lifted.importance[0].cpu(), lifted.index[0].cpu(), lifter.config.grid)
-        pose = lifted.pose_3d if isinstance(lifted, LiftedPose) else lifted
-        pose = pose[0, h36m].float().cpu()
+        if lifted.importance is not None:
+            importance, config = lifted.importance[0].cpu(), pipeline.lifter.config
+            kept = importance.topk(keep_count(len(importance), config.retention)).indices.sort().values
+            patches = (importance, kept, config.grid)
         yield picture_of_person(
             np.asarray(record["image"]),
-            apply_affine(np.asarray(record["crop_matrix"]), np.asarray(record["keypoints"])),
+            apply_affine(record["crop_matrix"], record["keypoints"]),
             *patches,
-            pose - pose[:1],
-            coarse_pose_3d=lifted.coarse_pose_3d[0].cpu() if isinstance(lifted, LiftedPose) else None,
-            truth_3d=record.get("pose_3d"),
+            pose[0].cpu(),
+            coarse_pose_3d=None if coarse is None else coarse[0].cpu(),
+            truth_3d=record["pose_3d"],
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from liftbyimage.batches import Batch
 from liftbyimage.metrics import mpjpe
 from liftbyimage.models import Pipeline
+from liftbyimage.predict import mixed_precision
 from liftbyimage.training.feed import Part
 from liftbyimage.training.stages import Stage
 
@@ -21,11 +21,11 @@ class StageLoss(nn.Module):
 
     def __init__(self, pipeline: Pipeline, stage: Stage, kind: str, precision: str) -> None:
         super().__init__()
-        self.pipeline, self.stage, self.kind, self.dtype = pipeline, stage, kind, getattr(torch, precision)
+        self.pipeline, self.stage, self.kind, self.precision = pipeline, stage, kind, precision
 
     def forward(self, part: Part) -> Tensor:
         inputs, truth = part.inputs, part.pose_3d
-        with torch.autocast(truth.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with mixed_precision(truth.device, self.precision):
             if isinstance(inputs, Batch):
                 pose = self.stage.pose(self.pipeline, inputs)
             else:

@@ -8,6 +8,10 @@ from types import FrameType
 from typing import Any
 
 
+class Stopped(Exception):
+    """Work was broken off because the run was asked to stop."""
+
+
 class StopRequest:
     """While it is entered, SIGTERM and the first SIGINT only set `requested`; a second SIGINT interrupts as ever.
 
@@ -27,6 +31,11 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Break off work that will be done again when the run goes on."""
+        if self.requested:
+            raise Stopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,12 +23,15 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
-from liftbyimage._files import write_atomically
+from liftbyimage._files import differences, write_atomically
 from liftbyimage.batches import Batch, make_batch, mirror
 from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source
 from liftbyimage.models import LiftByImage, Pipeline
 from liftbyimage.nn import FactoredPatches
 from liftbyimage.ops import keep_count
+from liftbyimage.predict import evaluating, mixed_precision
+from liftbyimage.reading import leave_signals_to_the_parent
+from liftbyimage.training.signals import Stopped, StopRequest
 from liftbyimage.training.stages import FocusedExploration, Kept
 
 FORMAT = "liftbyimage-stage2-cache-1"
@@ -90,12 +92,14 @@ class Stage2Cache:
 
     Attributes:
         problems: for each record that could not be read, by index, why; another record stands in for it.
+        row_bytes: what one sample takes on disk.
     """
 
     def __init__(self, layout: _Layout, dtype: torch.dtype) -> None:
         self._layout, self._dtype = layout, dtype
         self._maps: OrderedDict[int, np.memmap[Any, Any]] = OrderedDict()
         self.problems = _read_problems(layout)
+        self.row_bytes = layout.row.itemsize
 
     @classmethod
     def open(
@@ -109,11 +113,13 @@ class Stage2Cache:
         workers: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        precision: str = "float32",
         strict: bool = False,
         rank: int = 0,
         world: int = 1,
-    ) -> Stage2Cache:
-        """The cache in `folder`, after computing the shards that are not there yet.
+        stop: StopRequest | None = None,
+    ) -> Stage2Cache | None:
+        """The cache in `folder`, after computing the shards that are not there yet; None if it was asked to `stop`.
 
         Args:
             folder: one that all processes see; made where it is missing.
@@ -124,6 +130,7 @@ class Stage2Cache:
             batch_size, workers: of the computing; a batch's size moves rows by rounding only.
             dtype: what patches are stored in: float32, or float16 or bfloat16 for half the disk. Poses and joint
                 tokens are always float32.
+            precision: that stage 1 computes in, by automatic mixed precision, as the run does without a cache.
             strict: raise for a record that cannot be read, where another would stand in.
             rank, world: this process computes every world-th shard, and where a process group exists waits for the
                 others.
@@ -136,15 +143,21 @@ class Stage2Cache:
         _check(pipeline, source, dtype)
         layout = _Layout(Path(folder), len(source), 2 if flip else 1, _row_type(pipeline.lifter, dtype))
         missing = [shard for shard in layout.shards if not layout.is_whole(shard)]
-        key = _key(pipeline, source, layout, dtype)
+        key = _key(pipeline, source, layout, dtype, precision)
         _check_key(layout, key)
         _check_room(layout, missing)
         write_atomically(layout.folder / "key.json", lambda file: file.write(json.dumps(key, indent=1).encode()))
         mine = [shard for shard in missing if shard % world == rank]
-        with _evaluating(pipeline), torch.no_grad():
-            _compute(layout, mine, pipeline, source, batch_size, workers, device, dtype, strict)
+        stopped = [False] * world
+        with evaluating(pipeline), torch.no_grad(), mixed_precision(device, precision):
+            try:
+                _compute(layout, mine, pipeline, source, batch_size, workers, device, dtype, strict, stop)
+            except Stopped:
+                stopped[rank] = True
         if world > 1 and distributed.is_initialized():
-            distributed.barrier()
+            distributed.all_gather_object(stopped, stopped[rank])
+        if any(stopped):
+            return None
         cache = cls(layout, dtype)
         if strict and cache.problems:
             raise CorruptRecord(next(iter(cache.problems.values())))
@@ -234,7 +247,7 @@ def _row_type(lifter: LiftByImage, dtype: torch.dtype) -> np.dtype[Any]:
     )
 
 
-def _key(pipeline: Pipeline, source: Source, layout: _Layout, dtype: torch.dtype) -> dict[str, Any]:
+def _key(pipeline: Pipeline, source: Source, layout: _Layout, dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """All that the rows depend on, as plain values of JSON."""
     key = {
         "format": FORMAT,
@@ -244,6 +257,7 @@ def _key(pipeline: Pipeline, source: Source, layout: _Layout, dtype: torch.dtype
         "weights": _digest(pipeline),
         "flip": layout.copies == 2,
         "dtype": str(dtype).removeprefix("torch."),
+        "precision": precision,
         "records_per_shard": layout.records_per_shard,
     }
     return json.loads(json.dumps(key))
@@ -273,29 +287,11 @@ def _check_key(layout: _Layout, key: Mapping[str, Any]) -> None:
         found = json.loads(path.read_text())
     except ValueError:
         raise ValueError(f"cache: {path} is not the key.json of a cache") from None
-    there, here = _flat(found), _flat(key)
-    names = [name for name in dict.fromkeys((*here, *there)) if here.get(name) != there.get(name)]
-    if names:
-        differences = "; ".join(f"{name}: {_short(there, name)} there, {_short(here, name)} here" for name in names)
+    other = differences(found, key)
+    if other:
         raise ValueError(
-            f"cache: {folder} was made of something else ({differences}); name another folder or delete that one"
+            f"cache: {folder} was made of something else ({other}); name another folder or delete that one"
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings with dotted names."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for name, part in value.items():
-        flat |= _flat(part, f"{prefix}.{name}" if prefix else str(name))
-    return flat
-
-
-def _short(values: Mapping[str, Any], name: str) -> str:
-    if name not in values:
-        return "absent"
-    return str(values[name])[:12] if name == "weights" else json.dumps(values[name])
 
 
 def _check_room(layout: _Layout, shards: list[int]) -> None:
@@ -304,18 +300,6 @@ def _check_room(layout: _Layout, shards: list[int]) -> None:
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if needed > free:
         raise ValueError(f"cache: {layout.folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free")
-
-
-@contextmanager
-def _evaluating(pipeline: Pipeline) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own again."""
-    modes = [(module, module.training) for module in pipeline.modules()]
-    pipeline.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _compute(
@@ -328,6 +312,7 @@ def _compute(
     device: str | torch.device,
     dtype: torch.dtype,
     strict: bool,
+    stop: StopRequest | None,
 ) -> None:
     """Compute and write these shards. No batch crosses a shard, so that a shard's bytes depend on it alone."""
     if not shards:
@@ -335,13 +320,21 @@ def _compute(
     batches = {shard: [list(part) for part in _parts(layout.records_of(shard), batch_size)] for shard in shards}
     order = [batch for parts in batches.values() for batch in parts]
     # A generator of its own: the loader draws a seed, and the caller's random numbers must not depend on the cache.
-    own = torch.Generator()
-    records = iter(DataLoader(ReadableRecords(source), batch_sampler=order, num_workers=workers, generator=own))
+    loader = DataLoader(
+        ReadableRecords(source),
+        batch_sampler=order,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_the_parent,
+        generator=torch.Generator(),
+    )
+    records = iter(loader)
 
     def write(shard: int, file: BinaryIO) -> None:
         problems: dict[int, str] = {}
         file.write(layout.header(shard))
         for _ in batches[shard]:
+            if stop is not None:
+                stop.check()
             batch = next(records)
             found = {
                 i: problem for i, problem in zip(batch["index"].tolist(), batch["problem"], strict=True) if problem
@@ -387,6 +380,10 @@ def _read_problems(layout: _Layout) -> dict[int, str]:
     """Of all shards that are there: without a process group, other ranks' may follow."""
     problems: dict[int, str] = {}
     for shard in filter(layout.is_whole, layout.shards):
-        found = json.loads(layout.problems_path(shard).read_text())
+        path = layout.problems_path(shard)
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"cache: {path} is not valid JSON; delete it, and its shard is made anew") from None
         problems |= {int(index): problem for index, problem in found.items()}
     return problems

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from liftbyimage._files import write_atomically
+from liftbyimage._files import differences, remove_leftovers, write_atomically
 from liftbyimage.checkpoint import save_atomically, save_pipeline
-from liftbyimage.data.source import CorruptRecord, ReadableRecords, Source, open_source
+from liftbyimage.data.source import CorruptRecord, Source, check_source, open_source
 from liftbyimage.models import Pipeline
 from liftbyimage.training.build import build_pipeline
 from liftbyimage.training.config import MAY_CHANGE, TrainingConfig
@@ -44,10 +44,15 @@ from liftbyimage.training.feed import (
 from liftbyimage.training.log import Log
 from liftbyimage.training.loss import StageLoss
 from liftbyimage.training.signals import StopRequest
+from liftbyimage.training.stage2_cache import Stage2Cache
 from liftbyimage.training.stages import FocusedExploration, Stage, stages_of
+from liftbyimage.training.validation import validate
 
 FORMAT = "liftbyimage-training-1"
 LAST, BEST, MODEL, CONFIG, CURVES = "last.pt", "best.pt", "model.pt", "config.yaml", "curves.json"
+
+
+Feed = Callable[[Tensor], Iterator[Part]]  # the records [N] that an epoch mirrors → the parts of its steps, in order
 
 
 class Trained(NamedTuple):
@@ -108,10 +113,11 @@ def train(
         ValueError: a source without true poses, settings that do not fit, `last.pt` of another run, a loss that is not
             finite, or, with `config.strict`, a record that cannot be read.
     """
-    source = source or _open(config.data, "data")
+    if source is None:
+        source = _open(config.data, "data")
     if validation is None and config.validate is not None:
         validation = _open(config.validate, "validate")
-    with processes(config.device) as group, StopRequest() as stop:
+    with processes(config.device, config.precision) as group, StopRequest() as stop:
         devices = [group.device] if group.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             return Trainer(config, Path(out), source, validation, group, stop, console).run(resume)
@@ -162,7 +168,13 @@ class Trainer:
         self.curves: dict[str, Any] = {"loss": {stage.name: [] for stage in self.stages}, "validation": []}
         self.restored: dict[str, Any] | None = None  # of last.pt, until the stage it was written in has taken it
         self.saved_at = time.monotonic()
-        self.log = Log(out, group, console)
+        self.log = Log(out, group, config.pictures, console)
+        _check_folder(config.cache, "cache")
+        if start.encoder_is_new and self.pipeline.lifter.encoder_is_frozen:
+            self.log.say(
+                f"warning: a {config.model} never trains its encoder, and this one has random weights; "
+                "encoder_weights gives it others"
+            )
 
     def run(self, resume: bool) -> Trained:
         if resume:
@@ -171,23 +183,43 @@ class Trainer:
             for name in (LAST, BEST, MODEL):
                 (self.out / name).unlink(missing_ok=True)
         if self.group.first:
+            for name in (LAST, BEST, MODEL, CONFIG, CURVES):
+                remove_leftovers(self.out / name)
             self._write(CONFIG, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
-        with self.log.open(self._global_step()):
-            finished = all(self._run_stage(number) for number in range(self.place.stage, len(self.stages)))
-            if finished:
-                self._save_pipeline(MODEL, self.pipeline)
-                self._save(None)
+        self._introduce()
+        finished = self._run_stages()
+        if finished:
+            self._save_pipeline(MODEL, self.pipeline)
+            self._save(None)
+            best = "" if self.best is None else f"; {BEST}: MPJPE {self.best:.1f} mm in validation"
+            self.log.say(f"Finished: {self.out / MODEL}{best}.")
         return Trained(finished, self.curves, self.best)
+
+    def _introduce(self) -> None:
+        weights = sum(parameter.numel() for parameter in self.pipeline.parameters())
+        processes = f"{self.group.world} processes" if self.group.world > 1 else "one process"
+        self.log.say(
+            f"{self.config.model}, {weights / 1e6:.1f} million weights, on {len(self.source)} records: "
+            f"{self.steps} steps an epoch, {self.group.device}, {processes}."
+        )
+
+    def _run_stages(self) -> bool:
+        """False if the run was asked to stop."""
+        if self.place.stage == len(self.stages):  # opened once more, TensorBoard would forget the last validation
+            return True
+        with self.log.open(self._global_step()):
+            return all(self._run_stage(number) for number in range(self.place.stage, len(self.stages)))
 
     def _run_stage(self, number: int) -> bool:
         """False if the run was asked to stop."""
         if self.epochs[number]:
             work = self._begin_stage(number)
             feed = self._feed(work)
+            if feed is None:
+                return False
             while self.place.epoch < work.epochs:
-                if not self._run_epoch(work, feed):
+                if not (self._run_epoch(work, feed) and self._validate(work)):
                     return False
-                self._validate(work)
                 self.place = Place(number, self.place.epoch + 1)
             if work.average is not None:  # what was validated is what the next stage builds on
                 self.pipeline.load_state_dict(work.average.module.state_dict())
@@ -216,12 +248,12 @@ class Trainer:
         batches = Batches(config, len(self.source), number, self.group.rank, self.group.world)
         return StageWork(stage, self.epochs[number], model, parameters, optimiser, average, batches)
 
-    def _feed(self, work: StageWork) -> Any:
-        """A function of the epoch's mirrored records that gives the parts of its steps, in order."""
+    def _feed(self, work: StageWork) -> Feed | None:
+        """Where the parts of the stage's steps come from: records, or what the frozen stage 1 made of them. None if the
+        run was asked to stop while that was computed."""
         config, device = self.config, self.group.device
         if config.cache is not None and isinstance(work.stage, FocusedExploration):
-            from liftbyimage.training.stage2_cache import Stage2Cache
-
+            self.log.say(f"{work.stage.name} reads {config.cache}; what is not there yet is computed first.")
             cache = Stage2Cache.open(
                 config.cache,
                 self.pipeline,
@@ -230,22 +262,26 @@ class Trainer:
                 batch_size=config.batch_size,
                 workers=config.workers,
                 device=device,
+                precision=config.precision,
                 strict=config.strict,
                 rank=self.group.rank,
                 world=self.group.world,
+                stop=self.stop,
             )
+            if cache is None:
+                return None
             return lambda mirrored: parts_from_cache(cache, work.batches, mirrored, device)
         loader = record_loader(self.source, work.batches, config)
         return lambda mirrored: parts_from_records(loader, self.pipeline.lifter, mirrored, device)
 
-    def _run_epoch(self, work: StageWork, feed: Any) -> bool:
+    def _run_epoch(self, work: StageWork, feed: Feed) -> bool:
         """The steps of the epoch at hand that are not done yet; False if the run was asked to stop."""
         place = self.place
         if place.step == self.steps:  # continued between the last step and validation
             return True
         work.stage.train(self.pipeline)
         work.batches.start(place.epoch, place.step)
-        parts = iter(feed(mirrored_records(self.config, len(self.source), place.stage, place.epoch)))
+        parts = feed(mirrored_records(self.config, len(self.source), place.stage, place.epoch))
         self.log.begin_epoch(work.stage.name, place, work.epochs, self.steps)
         stopping = False
         while place.step < self.steps and not stopping:
@@ -253,7 +289,7 @@ class Trainer:
             place.step += 1
             if stopping or place.step == self.steps or self._saving_is_due():
                 self._save(work)
-        self.log.end_epoch()
+        self.log.end_epoch(self.curves["loss"][work.stage.name][-place.step :], complete=not stopping)
         return not stopping
 
     def _step(self, work: StageWork, parts: Iterator[Part]) -> bool:
@@ -277,10 +313,7 @@ class Trainer:
             problems += self._tell(part.problems)
         loss, problems, stopping = group.add_up([loss / samples, problems, self.stop.requested])
         if not math.isfinite(loss):
-            raise ValueError(
-                f"{work.stage.name}, epoch {place.epoch + 1}, step {place.step + 1}: the loss is {loss}; "
-                f"{self.out / LAST} stays as it was before"
-            )
+            raise self._broken(work, place.step + 1, f"the loss is {loss}")
         if config.clip_norm is not None:
             self.scaler.unscale_(work.optimiser)
             nn.utils.clip_grad_norm_(work.parameters, config.clip_norm)
@@ -299,22 +332,23 @@ class Trainer:
         self.log.problems(problems)
         return len(problems)
 
-    def _validate(self, work: StageWork) -> None:
-        """Measure the epoch's weights, and keep them if they are the best of the last stage."""
+    def _validate(self, work: StageWork) -> bool:
+        """Measure the epoch's weights, and keep them if they are the best of the last stage; False if the run was asked
+        to stop meanwhile: last.pt stands before the validation, which is then done again."""
         if self.validation is None:
-            self._write_curves()
-            return
-        from liftbyimage.training.validation import validate
-
+            return True
         pipeline = self.pipeline if work.average is None else work.average.module
-        errors = validate(pipeline, work.stage, self.validation, self.config, self.group)
+        errors = validate(pipeline, work.stage, self.validation, self.config, self.group, self.stop)
+        if errors is None:
+            return False
         where = {"stage": work.stage.name, "epoch": self.place.epoch + 1, "step": self._global_step()}
         self.curves["validation"].append({**where, **errors})
         self._write_curves()
-        self.log.validated(self._global_step(), errors, pipeline, self.validation)
+        self.log.validated(self._global_step(), errors, work.stage, pipeline, self.validation)
         if work.stage is self.stages[-1] and (self.best is None or errors["mpjpe_mm"] < self.best):
             self.best = errors["mpjpe_mm"]
             self._save_pipeline(BEST, pipeline)
+        return True
 
     def _global_step(self) -> int:
         """How many steps are done in all stages: where curves stand."""
@@ -324,8 +358,20 @@ class Trainer:
     def _saving_is_due(self) -> bool:
         return time.monotonic() - self.saved_at >= 60 * self.config.save_every_minutes
 
+    def _broken(self, work: StageWork, step: int, what: str) -> ValueError:
+        return ValueError(
+            f"{work.stage.name}, epoch {self.place.epoch + 1}, step {step}: {what}; "
+            f"{self.out / LAST} stays as it was before"
+        )
+
     def _save(self, work: StageWork | None) -> None:
-        """Write last.pt: all that continues the run from its place."""
+        """Write last.pt: all that continues the run from its place.
+
+        Raises:
+            ValueError: the weights are not finite, as the gradient of a finite loss may make them.
+        """
+        if work is not None and not all(parameter.isfinite().all() for parameter in work.parameters):
+            raise self._broken(work, self.place.step, "the weights are not finite")
         self.saved_at = time.monotonic()
         if not self.group.first:
             return
@@ -348,7 +394,10 @@ class Trainer:
     def _records(self) -> dict[str, Any]:
         """Which records the run sees, as JSON gives it back: tuples are lists."""
         sources = {"data": self.source, "validate": self.validation}
-        described = {key: source and dict(source.description) for key, source in sources.items()}
+        described = {
+            key: None if source is None else {**source.description, "records": len(source)}
+            for key, source in sources.items()
+        }
         return json.loads(json.dumps(described))
 
     def _restore(self) -> None:
@@ -361,7 +410,10 @@ class Trainer:
         self.place = Place(**state["place"])
         self.curves, self.best = state["curves"], state["best"]
         self.restored = state if state["optimiser"] is not None else None
-        self.log.say(f"Continuing {path} at step {self._global_step()}.")
+        finished = self.place.stage == len(self.stages)
+        self.log.say(
+            f"{path} holds this run, finished." if finished else f"Continuing {path} at step {self._global_step()}."
+        )
 
     def _save_pipeline(self, name: str, pipeline: Pipeline) -> None:
         if self.group.first:
@@ -375,9 +427,18 @@ class Trainer:
         write_atomically(self.out / name, lambda file: file.write(text.encode()))
 
 
+def _check_folder(path: str | None, key: str) -> None:
+    if path is not None and Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"TrainingConfig: {key} must be a folder, got the file {path}")
+
+
 def _check_records(source: Source, validation: Source | None) -> None:
     for key, one in {"data": source, "validate": validation}.items():
-        if one is not None and "pose_3d" not in ReadableRecords(one)[0]:
+        if one is None:
+            continue
+        if not len(one):
+            raise ValueError(f"TrainingConfig: {key} must have records, got none")
+        if "pose_3d" not in check_source(f"TrainingConfig: {key}", one):
             raise ValueError(f"TrainingConfig: {key} must have true poses (pose_3d), got records without")
     if validation is not None and tuple(validation.size) != tuple(source.size):
         (height, width), (other_height, other_width) = source.size, validation.size
@@ -397,21 +458,14 @@ def _read_last(path: Path, config: TrainingConfig, records: dict[str, Any]) -> d
         raise ValueError(f"{path}: not a readable PyTorch file of plain values") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: expected what training writes ({FORMAT!r}), got another file")
-    settings = {key: value for key, value in config.to_dict().items() if key not in MAY_CHANGE}
-    other = _differences(settings, state["config"]) + _differences(records, state["records"])
+    before, now = _settings(state["config"]), _settings(config.to_dict())
+    other = differences({**before, **state["records"]}, {**now, **records})
     if other:
-        raise ValueError(f"{path} is of another run, choose another folder for this one: {', '.join(other)}")
+        raise ValueError(f"{path} is of another run, choose another folder for this one ({other})")
     return state
 
 
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """Where two nested mappings differ, by dotted key; keys that only `there` has do not count at the top."""
-    found = []
-    for key, value in here.items():
-        other = there.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            missing = {name: None for name in other if name not in value}
-            found += [f"{key}.{rest}" for rest in _differences({**value, **missing}, other)]
-        elif value != other:
-            found.append(f"{key} is {other!r} there and {value!r} here")
-    return found
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must keep to the end. Where the cache lies may change, whether there is one moves rounding."""
+    kept = {key: value for key, value in config.items() if key not in MAY_CHANGE}
+    return {**kept, "cache": config.get("cache") is not None}
