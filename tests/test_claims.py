@@ -122,7 +122,9 @@ def test_the_page_holds_the_numbers_of_the_results(finished, tmp_path):
     results["runs"] += [other_seed(run, 0.25 * number) for number, run in enumerate(results["runs"])]
     results["stage1"] += [{**run, "seed": 4} for run in results["stage1"]]
     template = tmp_path / "template.md"
-    blocks = "".join(f"<!-- results: {name} -->\nstale numbers\n<!-- end of results -->\n" for name in claims_page.BLOCKS)
+    blocks = "".join(
+        f"<!-- results: {name} -->\nstale numbers\n<!-- end of results -->\n" for name in claims_page.BLOCKS
+    )
     template.write_text(f"Before.\n{blocks}After.\n")
     claims_page.publish(results, template, tmp_path / "page.md", tmp_path / "images")
     page = (tmp_path / "page.md").read_text()
