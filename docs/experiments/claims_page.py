@@ -127,7 +127,7 @@ class Comparison:
 
     def in_words(self) -> str:
         numbers = f"{self.show(self.smaller)} against {self.show(self.larger)}"
-        return f"{self.claim}: {verdict(self.differences)}, {numbers}"
+        return f"{self.claim}: {verdict(self.differences)}, by {self.show(self.differences)} ({numbers})"
 
 
 def comparisons(results: Results) -> list[Comparison]:
@@ -353,7 +353,7 @@ def ablation_figure(results: Results) -> Figure:
         for curve in curves:
             by_epoch.plot(epochs, curve, style, color=COLOURS[UNSEEN], alpha=0.3, linewidth=0.8)
         by_epoch.set_xticks(epochs)
-    by_epoch.set(xlabel="epoch of stage 1", ylabel="coarse MPJPE, mm", title="unseen backgrounds as training goes on")
+    by_epoch.set(xlabel="epoch of stage 1", ylabel="coarse MPJPE, mm", title="unseen backgrounds over training")
     for axes in (by_retention, by_place, by_epoch):
         axes.grid(True, color="#DADADA", linewidth=0.5)
         axes.legend(frameon=False, fontsize=8)
