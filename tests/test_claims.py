@@ -88,15 +88,17 @@ def test_a_finished_run_is_kept_and_a_missing_one_is_made_again(finished, monkey
 
 
 def test_a_run_that_was_stopped_continues_to_the_same_result(finished, tmp_path, monkeypatch):
+    job = (claims.run_pose_only, TINY, 3, tmp_path)  # in one thread, as the command runs it
+
     def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(claims, "measure_both", stop)
         with pytest.raises(KeyboardInterrupt):
-            claims.run_pose_only(TINY, 3, tmp_path)
+            claims.run_job(job)
     assert not (tmp_path / "seed-3" / "2D-only" / "result.json").exists()
-    claims.run_pose_only(TINY, 3, tmp_path)
+    claims.run_job(job)
     path = Path("seed-3") / "2D-only" / "result.json"
     assert without_minutes(results_of(tmp_path)[path]) == without_minutes(results_of(finished)[path])
 
