@@ -35,6 +35,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

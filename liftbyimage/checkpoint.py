@@ -86,6 +86,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _require_format(contents: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    if _published_weights(contents) is not None:
+        raise ValueError(
+            f"checkpoint {path}: is a published file, which load_pipeline reads; save_pipeline makes a checkpoint of it"
+        )
     if isinstance(contents, dict) and str(contents.get("format")).startswith(_TRAINING):
         raise ValueError(f"checkpoint {path}: continues a training run; its lifter is in model.pt or best.pt beside it")
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:

@@ -280,3 +280,13 @@ def test_what_training_continues_from_is_no_lifter(tmp_path: Path) -> None:
     torch.save({"format": "liftbyimage-training-1"}, path)
     _refused(path, f"checkpoint {path}: continues a training run; its lifter is in model.pt or best.pt beside it")
     _refused(tmp_path, f"checkpoint {tmp_path}: is a folder")
+
+
+def test_a_published_file_is_no_checkpoint_to_start_training_from(tmp_path: Path) -> None:
+    path = tmp_path / "published.pt"
+    torch.save({"volume_net.coord_embed.weight": torch.zeros(2, 2)}, path)
+    message = (
+        f"checkpoint {path}: is a published file, which load_pipeline reads; save_pipeline makes a checkpoint of it"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        checkpoint.read_checkpoint(path)

@@ -559,6 +559,18 @@ def test_another_run_in_the_folder_is_refused(people: Source, others: Source, tm
     )
 
 
+def test_a_finished_run_without_last_pt_is_not_trained_over(people: Source, tmp_path: Path) -> None:
+    run(tiny("pose-only"), tmp_path, people)
+    (tmp_path / "last.pt").unlink()
+    before = (tmp_path / "model.pt").read_bytes()
+    refused(
+        f"{tmp_path} holds model.pt but no last.pt to go on from; choose another folder or delete it",
+        lambda: run(tiny("pose-only"), tmp_path, people),
+    )
+    assert (tmp_path / "model.pt").read_bytes() == before
+    assert run(tiny("pose-only"), tmp_path, people, resume=False).finished
+
+
 def test_sources_that_do_not_serve_are_refused(people: Source, others: Source, tmp_path: Path) -> None:
     refused("TrainingConfig: data must name a source, got None", lambda: train(tiny("pose-only"), tmp_path))
     refused(
@@ -641,7 +653,13 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], error: t
             "pose-only",
             {"encoder_weights": "hrnet.pth"},
             ValueError,
-            "TrainingConfig: encoder_weights must be None, for a pose-only reads no image",
+            "TrainingConfig: encoder_weights must not be given, for a pose-only reads no image",
+        ),
+        (
+            "pose-only",
+            {"encoder_config": {"channels": 8}},
+            ValueError,
+            "TrainingConfig: encoder_config must not be given, for a pose-only reads no image",
         ),
         ("pose-only", {"lifter": {"heads": 0}}, ValueError, "PoseOnlyConfig: heads must be >= 1, got 0"),
         ("pose-only", {"lifter": {"layers": 0}}, ValueError, "PoseOnlyConfig: layers must be >= 1, got 0"),

@@ -50,8 +50,9 @@ def _encoder(
     name = config.encoder or (init and init["encoder"])
     settings = config.encoder_config or (init["encoder_config"] if init and name == init["encoder"] else {})
     if name is None:
-        if config.encoder_weights is not None:
-            raise ValueError(f"TrainingConfig: encoder_weights must be None, for a {config.model} reads no image")
+        for key in ("encoder_weights", "encoder_config"):
+            if getattr(config, key):
+                raise ValueError(f"TrainingConfig: {key} must not be given, for a {config.model} reads no image")
         return None, None, {}
     if config.encoder_weights is not None:
         encoder = official_hrnet(config.encoder_weights, "encoder weights")

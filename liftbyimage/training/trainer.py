@@ -451,6 +451,11 @@ def _check_records(source: Source, validation: Source | None) -> None:
 def _read_last(path: Path, config: TrainingConfig, records: dict[str, Any]) -> dict[str, Any] | None:
     """last.pt of the same run; None where there is none."""
     if not path.is_file():
+        kept = [name for name in (MODEL, BEST) if (path.parent / name).is_file()]
+        if kept:
+            raise ValueError(
+                f"{path.parent} holds {kept[0]} but no {LAST} to go on from; choose another folder or delete it"
+            )
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
