@@ -275,6 +275,7 @@ _EncoderWeights = Annotated[Path | None, typer.Option(help="Official HRNet weigh
 _FlipTest = Annotated[bool, typer.Option("--flip-test", help="Average with the pose of the mirrored crop.")]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Records per pass.")]
 _Workers = Annotated[int, typer.Option(min=0, help="Processes that read records.")]
+_Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _Precision = Annotated[str, typer.Option(help="float32, bfloat16, or float16 on a GPU.")]
 
@@ -289,7 +290,7 @@ def evaluate(
     workers: _Workers = 0,
     device: _Device = "auto",
     precision: _Precision = "float32",
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")] = False,
+    strict: _Strict = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many records, evenly spread.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the results.")] = None,
     per_joint: Annotated[bool, typer.Option("--per-joint", help="The mean error of each joint too.")] = False,
@@ -332,7 +333,7 @@ def lift_all(
     device: _Device = "auto",
     precision: _Precision = "float32",
     flip_test: _FlipTest = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")] = False,
+    strict: _Strict = False,
 ) -> None:
     """Lift every record of a source into shards, on one machine or many."""
     console = Console()

@@ -18,6 +18,7 @@ from liftbyimage.data.source import ReadableRecords, Source
 from liftbyimage.models import Pipeline
 from liftbyimage.ops import keep_count
 from liftbyimage.predict import predict
+from liftbyimage.reading import spread
 from liftbyimage.training.distributed import Processes
 from liftbyimage.training.stages import Stage
 
@@ -124,9 +125,8 @@ def draw_people(pipeline: Pipeline, stage: Stage, source: Source, count: int, de
 
     readable = ReadableRecords(source)
     pipeline.eval()
-    count = min(count, len(source))
-    for number in range(count):
-        record = readable[number * len(source) // count]
+    for index in spread(len(source), count):
+        record = readable[index]
         inputs = {name: torch.as_tensor(record[name])[None] for name in INPUTS}
         lifted = predict(pipeline, make_batch(pipeline.lifter, inputs, device))
         pose, coarse = lifted.pose_3d, lifted.coarse_pose_3d

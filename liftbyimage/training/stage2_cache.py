@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +30,7 @@ from liftbyimage.models import LiftByImage, Pipeline
 from liftbyimage.nn import FactoredPatches
 from liftbyimage.ops import keep_count
 from liftbyimage.predict import evaluating, mixed_precision
-from liftbyimage.reading import leave_signals_to_the_parent
+from liftbyimage.reading import in_batches, leave_signals_to_the_parent
 from liftbyimage.training.signals import Stopped, StopRequest
 from liftbyimage.training.stages import FocusedExploration, Kept
 
@@ -317,7 +317,7 @@ def _compute(
     """Compute and write these shards. No batch crosses a shard, so that a shard's bytes depend on it alone."""
     if not shards:
         return
-    batches = {shard: [list(part) for part in _parts(layout.records_of(shard), batch_size)] for shard in shards}
+    batches = {shard: in_batches(layout.records_of(shard), batch_size) for shard in shards}
     order = [batch for parts in batches.values() for batch in parts]
     # A generator of its own: the loader draws a seed, and the caller's random numbers must not depend on the cache.
     loader = DataLoader(
@@ -347,10 +347,6 @@ def _compute(
 
     for shard in shards:
         write_atomically(layout.path(shard), lambda file, shard=shard: write(shard, file))
-
-
-def _parts(records: range, size: int) -> Iterator[range]:
-    return (records[first : first + size] for first in range(0, len(records), size))
 
 
 def _rows(layout: _Layout, pipeline: Pipeline, batch: Batch, dtype: torch.dtype) -> np.ndarray[Any, Any]:
