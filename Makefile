@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/liftbyimage demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TEST_FLAGS)
 
 check: setup
 	$(BIN)/ruff check .

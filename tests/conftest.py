@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail where a test would skip for want of a GPU")
+    parser.addoption("--require-browser", action="store_true", help="fail where a test would skip for want of Chromium")
 
 
 def pytest_configure(config):
@@ -21,9 +22,10 @@ def pytest_configure(config):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.skipped and item.config.getoption("require_gpu"):
+    if report.skipped:
         reason = str(report.longrepr)
-        if "CUDA" in reason or "GPU" in reason:
-            report.outcome = "failed"
-            report.longrepr = f"skipped although --require-gpu was given: {reason}"
+        for option, words in (("require_gpu", ("CUDA", "GPU")), ("require_browser", ("Chromium", "playwright"))):
+            if item.config.getoption(option) and any(word in reason for word in words):
+                report.outcome = "failed"
+                report.longrepr = f"skipped although --{option.replace('_', '-')} was given: {reason}"
     return report
