@@ -66,6 +66,10 @@ def _check(options: Options) -> None:
         raise ValueError("bench-report: expected RESULTS.json, what `pytest bench --benchmark-json=FILE` wrote")
     if options.figure is not None and options.plot is None:
         raise ValueError("--figure needs --plot, the file to draw into")
+    if options.plot is not None:
+        from liftbyimage.bench_report import plots
+
+        plots.check(options.figure, options.plot)
 
 
 def _report(options: Options, machines: list[Machine], comparison: comparing.Comparison | None) -> tables.Report:

@@ -1,7 +1,7 @@
 """Two runs of one machine: what became slower or faster, and what is only noise.
 
 Medians of the same code differ from run to run by far more than the rounds within one run scatter: another process
-took a core, or memory lies elsewhere. The runs tell by how much, because they measure what this library does not change:
+took a core, or memory lies elsewhere. The runs tell by how much, as they measure what this library does not change:
 
 - *Rulers* are rows of plain PyTorch, the `reference` of every work and, where a work has a liftbyimage row, its other
   ways too; and the two ceilings, the matrix product and the copy. They are never judged.
@@ -14,10 +14,11 @@ Every other row that both runs have is judged, by two figures:
 - its ratio: the change less that of its work's reference, so that a work measured while the machine was busy marks
   nothing either. A work without a reference has only the first.
 
-The *noise* of a figure is √(spread² + (2·own)²), and at least 3 %. own² is the sum of the squared scatters within the
+The *noise* of a figure is 2·√(spread² + own²), and at least 3 %. own² is the sum of the squared scatters within the
 runs, of the row in both and for the ratio of the reference in both too; a scatter is half the logarithm of the upper
-over the lower quartile. A row is slower if each figure exceeds its noise, faster if each lies below minus its noise, and
-within noise otherwise.
+over the lower quartile. Twice, because many rows are judged at once: of noise that is normally distributed, a row in a
+few thousand goes beyond. A row is slower if each figure exceeds its noise, faster if each lies below minus its noise,
+and within noise otherwise.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from liftbyimage.bench_report.tables import NO_FIGURE, Report, machine_data, pro
 
 SLOWER, FASTER, NOISE, RULER = "slower", "faster", "noise", "ruler"
 WITHIN_SPREAD = 0.9
-OWN_SCATTERS = 2.0
+TIMES = 2.0
 SMALLEST = 0.03
-COLUMNS = ("work", "implementation", "old ms", "new ms", "time", "against plain PyTorch", "noise", "")
+COLUMNS = ("work", "implementation", "verdict", "old ms", "new ms", "time", "against plain PyTorch", "noise")
 
 Key = tuple[str, str]  # work, implementation
 
@@ -138,7 +139,7 @@ def _judge(key: Key, then: dict[Key, Row], now: dict[Key, Row], is_ruler: bool, 
     ratio = None if references is None else time - _change(*references)
     own = _scatter(old, new)
     noise = tuple(
-        max(SMALLEST, math.hypot(spread, OWN_SCATTERS * scatter))
+        max(SMALLEST, TIMES * math.hypot(spread, scatter))
         for scatter in (own, math.hypot(own, _scatter(*references) if references else 0.0))
     )
     figures = [(time - drift, noise[0]), *([] if ratio is None else [(ratio, noise[1])])]
@@ -172,7 +173,7 @@ def report(comparison: Comparison, summarised: bool = False) -> Report:
         last = work
     old, new = (provenance([machine])[0] for machine in (comparison.old, comparison.new))
     before = [f"Old: {old}", f"New: {new}", *_other_versions(comparison), _drift(comparison), verdict(comparison)]
-    return Report(before, COLUMNS, 2, rows, _only_in_one(comparison))
+    return Report(before, COLUMNS, 3, rows, _only_in_one(comparison))
 
 
 def verdict(comparison: Comparison) -> str:
@@ -210,7 +211,10 @@ def _only_in_one(comparison: Comparison) -> list[str]:
     found = []
     for which, rows in (("old", comparison.gone), ("new", comparison.added)):
         if rows:
-            listed = "\n".join(f"- {row.work}: {row.implementation}" for row in rows)
+            works: dict[str, list[str]] = {}
+            for row in rows:
+                works.setdefault(row.work, []).append(row.implementation)
+            listed = "\n".join(f"- {work}: {', '.join(names)}" for work, names in works.items())
             found.append(f"Only in the {which} run:\n\n{listed}")
     return found
 
@@ -220,15 +224,15 @@ def _cells(change: Change) -> list[str]:
     if change.references and change.verdict != RULER:
         pairs = zip(change.references, (change.old, change.new), strict=True)
         ratios = " → ".join(f"{reference.seconds / row.seconds:.2f}×" for reference, row in pairs)
-    marked = change.verdict in (SLOWER, FASTER)
+    shown = {SLOWER: f"**{SLOWER}**", FASTER: f"**{FASTER}**", NOISE: "", RULER: RULER}
     return [
         change.new.implementation,
+        shown[change.verdict],
         significant(1e3 * change.old.seconds),
         significant(1e3 * change.new.seconds),
         _percent(change.time),
         ratios,
         NO_FIGURE if change.verdict == RULER else f"±{100 * math.expm1(change.noise[0]):.0f} %",
-        f"**{change.verdict}**" if marked else "" if change.verdict == NOISE else change.verdict,
     ]
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from liftbyimage.bench_report.palette import VARIABLES
+from liftbyimage.bench_report.palette import PAPER, VARIABLES
 from liftbyimage.bench_report.plots import draw, svg
 from liftbyimage.bench_report.results import Machine
 from liftbyimage.bench_report.scaling import scales
@@ -29,13 +29,14 @@ def document(report: Report, machines: Sequence[Machine], labels: Sequence[str])
     """The page; a figure that the results cannot give is left out with the reason in its place."""
     scaled = len(machines) == 1 and scales(machines[0])
     names = ["ratios", "roofline", *(["scaling"] if scaled else [])]
-    body = ["<h1>Measured</h1>", *map(_paragraph, report.before), _table(report), *map(_paragraph, report.after)]
-    body += [_figure(name, machines, labels) for name in names]
+    figures = [_figure(name, machines, labels) for name in names]
+    body = ["<h1>Measured</h1>", *map(_paragraph, report.before), *figures, "<h2>Rows</h2>", _table(report)]
+    body += map(_paragraph, report.after)
     return page("liftbyimage: measured", "\n".join(body), style=asset("bench_report.css"))
 
 
 def _paragraph(text: str) -> str:
-    """A paragraph of a report, or its list of `- ` lines."""
+    """A paragraph of a report; a list keeps its lines."""
     return f"<p class='text'>{html.escape(text)}</p>"
 
 
@@ -68,8 +69,8 @@ def _figure(name: str, machines: Sequence[Machine], labels: Sequence[str]) -> st
 
 
 def _inline(document: str) -> str:
-    """The <svg> element alone, its colours the page's variables."""
+    """The <svg> element alone, its colours the page's variables and its ground the panel's."""
     drawing = document[document.index("<svg") :]
-    for colour, variable in VARIABLES.items():
+    for colour, variable in (VARIABLES | {PAPER: "--panel"}).items():
         drawing = drawing.replace(colour, f"var({variable})")
     return drawing

@@ -23,7 +23,7 @@ def draw(name: str | None, machines: Sequence[Machine], labels: Sequence[str]) -
     """A figure of FIGURES; without a name that of a --scaling run is scaling, that of another ratios.
 
     Raises:
-        ValueError: one sentence: an unknown name, several machines' scaling, or results without what it shows.
+        ValueError: one sentence: several machines' scaling, or results without what the figure shows.
     """
     if name is None:
         name = "scaling" if len(machines) == 1 and scales(machines[0]) else "ratios"
@@ -31,21 +31,21 @@ def draw(name: str | None, machines: Sequence[Machine], labels: Sequence[str]) -
         return plot_ratios(machines, labels)
     if name == "roofline":
         return plot_roofline(machines, labels)
-    if name != "scaling":
-        raise ValueError(f"--figure: expected {', '.join(FIGURES)}, got {name}")
     if len(machines) > 1:
         raise ValueError(f"--figure scaling draws one machine, got {len(machines)}")
     return plot_scaling(machines[0])
 
 
-def check_suffix(path: Path) -> None:
+def check(name: str | None, path: Path) -> None:
+    """Refuse an unknown figure or format before anything is read."""
+    if name is not None and name not in FIGURES:
+        raise ValueError(f"--figure: expected {', '.join(FIGURES)}, got {name}")
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"--plot {path}: expected a file that ends in {' or '.join(FORMATS)}")
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write it atomically, in the format of the suffix; the same figure gives the same bytes."""
-    check_suffix(path)
     data = svg(figure) if path.suffix.lower() == ".svg" else _rendered(figure, "png", dpi=110)
     write_atomically(path, lambda file: file.write(data))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from liftbyimage.bench_report.tables import Line, provenance, summary_lines
 
 INCHES_PER_BAR = 0.19
 INCHES_PER_WORK = 0.09
+HEADING_LETTERS = 170
 
 
 def plot_ratios(machines: Sequence[Machine], labels: Sequence[str]) -> Figure:
@@ -27,7 +29,8 @@ def plot_ratios(machines: Sequence[Machine], labels: Sequence[str]) -> Figure:
     lines = [{line.label: line for line in summary_lines(machine)} for machine in machines]
     works = list(dict.fromkeys(label for of_machine in lines for label in of_machine))
     height = len(works) * (INCHES_PER_WORK + INCHES_PER_BAR * len(machines))
-    figure = Figure(figsize=(10.5, height + 1.5), layout="constrained")
+    heading = _heading(machines)
+    figure = Figure(figsize=(10.5, height + 1.3 + 0.15 * len(heading)), layout="constrained")
     axes = figure.subplots()
     thickness = 0.74 / len(machines)
     for i, (of_machine, label) in enumerate(zip(lines, labels, strict=True)):
@@ -38,7 +41,7 @@ def plot_ratios(machines: Sequence[Machine], labels: Sequence[str]) -> Figure:
             axes, places, [line for _, line in shown], thickness, MACHINES[i % len(MACHINES)], name, len(machines) == 1
         )
     _dress(axes, works)
-    figure.suptitle("\n".join(_heading(machines)), x=0.01, ha="left", fontsize=8, color=FAINT)
+    figure.suptitle("\n".join(heading), x=0.01, ha="left", fontsize=8, color=FAINT)
     return figure
 
 
@@ -64,7 +67,7 @@ def _draw(
 def _dress(axes: Axes, works: Sequence[str]) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.9), max(high, 2) * 1.18)  # room for the figure beside the longest bar
+    axes.set_xlim(min(low, 0.9), max(high, 2) * 1.2)  # room for the figure beside the longest bar
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -77,12 +80,12 @@ def _dress(axes: Axes, works: Sequence[str]) -> None:
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     handles, names = axes.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda i: isinstance(handles[i], PathCollection))  # bars, then markers
-    handles, names = [handles[i] for i in order], [names[i] for i in order]
-    axes.legend(
-        handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, fontsize=8, labelcolor=INK
-    )
+    bars_first = sorted(zip(handles, names, strict=True), key=lambda entry: isinstance(entry[0], PathCollection))
+    style = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False, "fontsize": 8}
+    axes.legend(*zip(*bars_first, strict=True), labelcolor=INK, **style)
 
 
 def _heading(machines: Sequence[Machine]) -> list[str]:
-    return [text.partition(". Joined")[0].rstrip(".") for text in provenance(machines)]
+    """Provenance without the list of files, in lines that fit the figure."""
+    texts = [text.partition(". Joined")[0].rstrip(".") for text in provenance(machines)]
+    return [line for text in texts for line in textwrap.wrap(text, HEADING_LETTERS)]

@@ -12,9 +12,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from liftbyimage.bench_report.palette import BLUE, FAINT, GREY, INK, LINE
 from liftbyimage.bench_report.results import Machine, Row
-from liftbyimage.bench_report.tables import Line, significant, summary_lines
+from liftbyimage.bench_report.tables import Line, ceilings, summary_lines
 
-PANEL = 6.4  # inches
+PANEL, KEY_COLUMN = 6.4, 4.6  # inches
 INCHES_PER_LINE = 0.155
 MOST_LINES = 44  # of a column of the key
 # Where the number of a point may stand, in points from it: near first.
@@ -38,8 +38,8 @@ def plot_roofline(machines: Sequence[Machine], labels: Sequence[str]) -> Figure:
     numbers = {work: i + 1 for i, work in enumerate(works)}
     columns = -(-len(works) // MOST_LINES)
     height = max(PANEL, 0.8 + INCHES_PER_LINE * -(-len(works) // columns))
-    figure = Figure(figsize=(PANEL * len(machines) + 4.3 * columns, height), layout="constrained")
-    *panels, key = figure.subplots(1, len(machines) + 1, width_ratios=[PANEL] * len(machines) + [4.3 * columns])
+    figure = Figure(figsize=(PANEL * len(machines) + KEY_COLUMN * columns, height), layout="constrained")
+    *panels, key = figure.subplots(1, len(machines) + 1, width_ratios=[PANEL] * len(machines) + [KEY_COLUMN * columns])
     for axes, machine, of_machine, label in zip(panels, machines, lines, labels, strict=True):
         _draw(axes, machine, of_machine)
         axes.set_title(label, fontsize=9, color=INK, loc="left")
@@ -95,11 +95,9 @@ def _draw_ceilings(axes: Axes, machine: Machine, points: Sequence[tuple[float, f
     tops = [rates.max()]
     for part in machine.parts:
         if part.matmul_gflops and part.copy_gbytes:
-            label = (
-                f"matrix product {significant(part.matmul_gflops)} GFLOP/s, copy {significant(part.copy_gbytes)} GB/s"
-            )
-            ceiling = np.minimum(part.matmul_gflops, part.copy_gbytes * x)
-            axes.plot(x, ceiling, color=INK, linewidth=1.1, label=label, zorder=1)
+            label = ", ".join(ceilings(part))
+            roof = np.minimum(part.matmul_gflops, part.copy_gbytes * x)
+            axes.plot(x, roof, color=INK, linewidth=1.1, label=label, zorder=1)
             tops.append(part.matmul_gflops)
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(rates.min() / 2, max(tops) * 1.5)

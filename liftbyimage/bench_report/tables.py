@@ -176,14 +176,15 @@ def _provenance(machine: Machine) -> str:
     software = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     parts = [f"Measured on {dates}: {machine.hardware}", *filter(None, [software])]
     if len(machine.parts) == 1:
-        return "; ".join([*parts, *_ceilings(machine.parts[0])]) + "."
+        return "; ".join([*parts, *ceilings(machine.parts[0])]) + "."
     joined = [
-        f"{part.path.name} ({', '.join([f'{len(part.works)} works', *_ceilings(part)])})" for part in machine.parts
+        f"{part.path.name} ({', '.join([f'{len(part.works)} works', *ceilings(part)])})" for part in machine.parts
     ]
     return "; ".join(parts) + f". Joined from {len(joined)} files: {', '.join(joined)}."
 
 
-def _ceilings(part: Part) -> list[str]:
+def ceilings(part: Part) -> list[str]:
+    """``matrix product 195 GFLOP/s``, ``copy 33.4 GB/s``: what the run measured of them."""
     figures = (("matrix product", part.matmul_gflops, "GFLOP/s"), ("copy", part.copy_gbytes, "GB/s"))
     return [f"{name} {significant(figure)} {unit}" for name, figure, unit in figures if figure is not None]
 
