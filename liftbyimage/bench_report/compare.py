@@ -16,9 +16,9 @@ Every other row that both runs have is judged, by two figures:
 
 The *noise* of a figure is 2·√(spread² + own²), and at least 3 %. own² is the sum of the squared scatters within the
 runs, of the row in both and for the ratio of the reference in both too; a scatter is half the logarithm of the upper
-over the lower quartile. Twice, because many rows are judged at once: of noise that is normally distributed, a row in a
-few thousand goes beyond. A row is slower if each figure exceeds its noise, faster if each lies below minus its noise,
-and within noise otherwise.
+over the lower quartile. Twice, because many rows are judged at once, and of the rulers themselves one in ten lies
+beyond the spread. A row is slower if each figure exceeds its noise, faster if each lies below minus its noise, and
+within noise otherwise.
 """
 
 from __future__ import annotations
