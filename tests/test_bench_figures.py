@@ -199,3 +199,4 @@ def test_page_of_a_scaling_run_shows_it(tmp_path: Path) -> None:
     assert _run(_scaling(tmp_path, VARIED), "--html", out).exit_code == 0
     with opened(out) as page:
         assert page.page.locator("#scaling svg").count() == 1
+    assert "#000000" not in out.read_text()  # which would not be seen in the dark

@@ -71,6 +71,6 @@ def _figure(name: str, machines: Sequence[Machine], labels: Sequence[str]) -> st
 def _inline(document: str) -> str:
     """The <svg> element alone, its colours the page's variables and its ground the panel's."""
     drawing = document[document.index("<svg") :]
-    for colour, variable in (VARIABLES | {PAPER: "--panel"}).items():
+    for colour, variable in (VARIABLES | {PAPER: "--panel", "#000000": "--ink"}).items():
         drawing = drawing.replace(colour, f"var({variable})")
     return drawing

@@ -29,7 +29,7 @@ def plot_ratios(machines: Sequence[Machine], labels: Sequence[str]) -> Figure:
     lines = [{line.label: line for line in summary_lines(machine)} for machine in machines]
     works = list(dict.fromkeys(label for of_machine in lines for label in of_machine))
     height = len(works) * (INCHES_PER_WORK + INCHES_PER_BAR * len(machines))
-    heading = _heading(machines)
+    heading = _heading(machines, labels)
     figure = Figure(figsize=(10.5, height + 1.3 + 0.15 * len(heading)), layout="constrained")
     axes = figure.subplots()
     thickness = 0.74 / len(machines)
@@ -52,12 +52,13 @@ def _draw(
     # One machine has colours to spare: what is slower than plain PyTorch stands out.
     colours = [ORANGE if single and ratio < 1 else colour for ratio in ratios]
     axes.barh(places, ratios - 1, left=1, height=0.92 * thickness, color=colours, label=name)
-    if single:
-        best = [line.reference.seconds / line.best_other.seconds if line.best_other else np.nan for line in lines]
+    others = [line.best_other if single else None for line in lines]
+    best = [
+        line.reference.seconds / other.seconds if other else np.nan for line, other in zip(lines, others, strict=True)
+    ]
+    if not np.isnan(best).all():
         style = {"marker": "D", "s": 16, "facecolor": "none", "edgecolor": INK, "linewidth": 0.9, "zorder": 3}
         axes.scatter(best, places, label="the best other way", **style)
-    else:
-        best = [np.nan] * len(lines)
     for place, ratio, other in zip(places, ratios, best, strict=True):
         end = np.nanmax([ratio, other, 1])
         text = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 7, "color": INK}
@@ -85,7 +86,7 @@ def _dress(axes: Axes, works: Sequence[str]) -> None:
     axes.legend(*zip(*bars_first, strict=True), labelcolor=INK, **style)
 
 
-def _heading(machines: Sequence[Machine]) -> list[str]:
+def _heading(machines: Sequence[Machine], labels: Sequence[str]) -> list[str]:
     """Provenance without the list of files, in lines that fit the figure."""
-    texts = [text.partition(". Joined")[0].rstrip(".") for text in provenance(machines)]
+    texts = [text.partition(". Joined")[0].rstrip(".") for text in provenance(machines, labels)]
     return [line for text in texts for line in textwrap.wrap(text, HEADING_LETTERS)]

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
-from liftbyimage.bench_report.palette import COLOURS
+from liftbyimage.bench_report.palette import COLOURS, LINE
 from liftbyimage.bench_report.results import OURS, Machine, Row
 
 AXES = {"B": "batch B", "P": "patches P", "D": "token width D"}
@@ -91,7 +91,7 @@ def _draw(axes: Axes, axis: str, rows: Sequence[Row], work: str) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
-    axes.grid(True, color="#DADADA", linewidth=0.5)
+    axes.grid(True, color=LINE, linewidth=0.5)
     axes.legend(frameon=False)
     fixed = next(row.shape for row in rows if row.shape)
     axes.set_title(f"{work}, " + ", ".join(f"{other} {fixed[other]}" for other in AXES if other != axis), fontsize=9)

@@ -147,11 +147,11 @@ def _line_data(line: Line) -> dict[str, Any]:
     }
 
 
-def provenance(machines: Sequence[Machine]) -> list[str]:
-    """One paragraph per machine: what, when, with which versions and ceilings, from which files."""
+def provenance(machines: Sequence[Machine], names: Sequence[str] | None = None) -> list[str]:
+    """One paragraph per machine: what, when, with which versions and ceilings, from which files; several are named."""
     if len(machines) == 1:
         return [_provenance(machines[0])]
-    return [f"{label}: {_provenance(machine)}" for label, machine in zip(labels(machines), machines, strict=True)]
+    return [f"{name}: {_provenance(m)}" for name, m in zip(names or labels(machines), machines, strict=True)]
 
 
 def labels(machines: Sequence[Machine]) -> list[str]:
