@@ -95,6 +95,14 @@ def test_ratios_are_bars_from_1(results: Path) -> None:
     assert others.get_offsets()[0].tolist() == [2, 0]
 
 
+def test_a_run_that_is_slow_throughout_is_drawn_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "slow.json", [entry("slow", "reference", 0.1), entry("slow", "liftbyimage", 0.2)])
+    figure = plot_ratios(read_machines([path]), ["Some CPU"])
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["liftbyimage"]
+
+
 def test_ratios_of_several_machines_stand_side_by_side(two_machines: list[Machine]) -> None:
     (axes,) = plot_ratios(two_machines, ["Some CPU", "Some GPU"]).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Some CPU", "Some GPU"]

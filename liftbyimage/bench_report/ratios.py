@@ -50,8 +50,9 @@ def _draw(
 ) -> None:
     ratios = np.array([line.ratio for line in lines])
     # One machine has colours to spare: what is slower than plain PyTorch stands out.
-    colours = [ORANGE if single and ratio < 1 else colour for ratio in ratios]
-    axes.barh(places, ratios - 1, left=1, height=0.92 * thickness, color=colours, label=name)
+    slow = (ratios < 1) & single
+    for chosen, of_bars, label in ((~slow, colour, name), (slow, ORANGE, None)):
+        axes.barh(places[chosen], ratios[chosen] - 1, left=1, height=0.92 * thickness, color=of_bars, label=label)
     others = [line.best_other if single else None for line in lines]
     best = [
         line.reference.seconds / other.seconds if other else np.nan for line, other in zip(lines, others, strict=True)
