@@ -187,25 +187,42 @@ def doctor(
 
 @app.command("bench-report")
 def bench_report(
-    results: Annotated[Path, typer.Argument(help="JSON of `pytest bench --benchmark-json=FILE`.", show_default=False)],
+    results: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RESULTS.json…", help="JSON of `pytest bench --benchmark-json=FILE`.", show_default=False
+        ),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="OLD.json", help="Judge RESULTS by this older run; exit with 3 if a row became slower."),
+    ] = None,
     summary: Annotated[bool, typer.Option("--summary", help="One line per work instead of every row.")] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw how time grows with B, P and D (of a --scaling run) into this PNG instead."),
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="START", help="Only works that start so; may be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw a figure into this .png or .svg.")] = None,
+    figure: Annotated[
+        str | None,
+        typer.Option(
+            help="Which: ratios, roofline or scaling; by default the last of a --scaling run, else the first."
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with the table and the figures.")] = None,
+    update: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE.md", help="Make anew the tables of a Markdown file that name their results."),
     ] = None,
 ) -> None:
-    """Print the measured figures of a benchmark run as a Markdown table."""
+    """Say what a benchmark run measured: tables, figures, and what changed since an older run."""
     with _mistakes_in_one_sentence():
-        from liftbyimage import bench_report as report
+        from liftbyimage.bench_report.command import Options, run
 
-        if plot is not None:
-            from liftbyimage.bench_plot import plot_scaling
-            from liftbyimage.draw import save_figure
-
-            save_figure(plot_scaling(results), plot)
-            typer.echo(f"Wrote {plot}.")
-            return
-        typer.echo(report.summary(results) if summary else report.table(results))
+        options = Options(results or [], compare or [], only or [], summary, as_json, plot, figure, html, update or [])
+        code = run(options, typer.echo, lambda text: typer.echo(text, err=True))
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

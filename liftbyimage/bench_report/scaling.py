@@ -1,4 +1,4 @@
-"""How time grows with each size: a picture of the JSON of `pytest bench --scaling --benchmark-json=FILE`."""
+"""How time grows with each size: a picture of `pytest bench --scaling --benchmark-json=FILE`."""
 
 from __future__ import annotations
 
@@ -6,38 +6,35 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
-from liftbyimage.bench_report import OURS, REFERENCE, Row, read_rows
+from liftbyimage.bench_report.palette import COLOURS, LINE
+from liftbyimage.bench_report.results import OURS, Machine, Row
 
 AXES = {"B": "batch B", "P": "patches P", "D": "token width D"}
 MIN_POINTS = 3
-COLOURS = {REFERENCE: "#9A9A9A", OURS: "#0072B2"}
 
 
-def plot_scaling(json_path: str | Path) -> Figure:
+def scales(machine: Machine) -> bool:
+    """Whether a size varies enough to be drawn, as in a --scaling run."""
+    return bool(_panels(machine))
+
+
+def plot_scaling(machine: Machine) -> Figure:
     """One row of panels per work and one panel per size: medians on logarithmic axes, with the fitted exponent.
 
     A panel shows the rows that differ from the most frequent setting in that size alone, if there are at least three.
 
-    Args:
-        json_path: what `pytest bench --scaling --benchmark-only --benchmark-json=FILE` wrote.
-
     Raises:
-        ValueError: one sentence on why the file is no such result, or has no size that varies.
+        ValueError: no size varies.
     """
-    _, rows = read_rows(json_path)
-    works: dict[str, list[Row]] = {}
-    for row in _reference_and_ours(rows):
-        works.setdefault(row.work, []).append(row)
-    panels = {work: varying for work, members in works.items() if (varying := _varying(members))}
+    panels = _panels(machine)
     if not panels:
-        raise ValueError(f"benchmark results {json_path}: no size takes {MIN_POINTS} values: run with --scaling")
+        raise ValueError(f"{machine.named()}: no size takes {MIN_POINTS} values: run with --scaling")
     figure = Figure(figsize=(4.2 * len(AXES), 3.6 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), len(AXES), squeeze=False)
     for line, (work, varying) in zip(grid, panels.items(), strict=True):
@@ -49,13 +46,20 @@ def plot_scaling(json_path: str | Path) -> Figure:
     return figure
 
 
+def _panels(machine: Machine) -> dict[str, dict[str, list[Row]]]:
+    kinds: dict[str, list[Row]] = {}
+    for row in _reference_and_ours(machine.rows):
+        kinds.setdefault(row.kind, []).append(row)
+    return {kind: varying for kind, members in kinds.items() if (varying := _varying(members))}
+
+
 def _reference_and_ours(rows: Sequence[Row]) -> list[Row]:
     """Of every group the reference and the library's first row."""
     chosen: dict[tuple[str, str], Row] = {}
     for row in rows:
-        name = OURS if row.implementation.startswith(OURS) else row.implementation
+        name = OURS if row.is_ours else row.implementation
         if row.shape is not None and name in COLOURS:
-            chosen.setdefault((row.group, name), replace(row, implementation=name))
+            chosen.setdefault((row.work, name), replace(row, implementation=name))
     return [*chosen.values()]
 
 
@@ -87,7 +91,7 @@ def _draw(axes: Axes, axis: str, rows: Sequence[Row], work: str) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
-    axes.grid(True, color="#DADADA", linewidth=0.5)
+    axes.grid(True, color=LINE, linewidth=0.5)
     axes.legend(frameon=False)
     fixed = next(row.shape for row in rows if row.shape)
     axes.set_title(f"{work}, " + ", ".join(f"{other} {fixed[other]}" for other in AXES if other != axis), fontsize=9)

@@ -1,0 +1,1 @@
+"""`liftbyimage bench-report`: what `pytest bench --benchmark-json=FILE` measured, as tables, figures and data."""
