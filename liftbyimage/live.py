@@ -267,12 +267,13 @@ class Camera:
 
 def _quietly(open_capture: Callable[[], Any]) -> Any:
     """Without OpenCV's own lines on what fails, which is said in one sentence instead."""
-    level = cv2.getLogLevel()
-    cv2.setLogLevel(0)
+    logging = cv2.utils.logging
+    level = logging.getLogLevel()
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)
     try:
         return open_capture()
     finally:
-        cv2.setLogLevel(level)
+        logging.setLogLevel(level)
 
 
 class Newest:

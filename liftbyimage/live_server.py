@@ -51,6 +51,7 @@ class LiveServer:
         self._number = 0
         self._state: bytes | None = None
         self._asked: float | None = None
+        self.closed = False
         try:
             self._server = _Server((ADDRESS, port), self)
         except OSError as error:
@@ -71,6 +72,7 @@ class LiveServer:
         """Stop, but let a page that watches fetch the last state first."""
         if self._asked is not None and time.monotonic() - self._asked < 2 * HOLD:
             time.sleep(GRACE)
+        self.closed = True
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -152,6 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status != HTTPStatus.NO_CONTENT:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
+        if self.server.live.closed:
+            self.send_header("Connection", "close")  # or the connection's thread would go on answering
         self.end_headers()
         self.wfile.write(body)
 
