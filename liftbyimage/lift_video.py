@@ -308,15 +308,16 @@ def drawing_file(path: Path, fps: float) -> Iterator[Callable[[np.ndarray, int],
         temporary = Path(folder) / path.name
 
         def write(picture: np.ndarray, number: int) -> None:
-            sizes.append((picture.shape[1], picture.shape[0]))
-            if not writer.isOpened() and not writer.open(str(temporary), MP4V, fps, sizes[0]):
+            size = (picture.shape[1], picture.shape[0])
+            if not writer.isOpened() and not writer.open(str(temporary), MP4V, fps, size):
                 raise ValueError(f"video {path}: OpenCV cannot write it")
-            if sizes[-1] != sizes[0]:  # OpenCV would leave the frame out without a word
-                given, wanted = ("{}×{}".format(*size) for size in (sizes[-1], sizes[0]))
+            if sizes and size != sizes[0]:  # OpenCV would leave the frame out without a word
+                given, wanted = ("{}×{}".format(*size) for size in (size, sizes[0]))
                 raise ValueError(
                     f"video {path}: frame {number} is drawn at {given} px, expected {wanted}, as the first"
                 )
             writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            sizes.append(size)
 
         try:
             yield write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -156,7 +157,7 @@ class Stopwatch:
 
     def measured(self) -> Measured:
         """Since the start; medians are over the last 10 000 frames."""
-        seconds = (self._stopped or self._lap_started) - self._started
+        seconds = (self._lap_started if self._stopped is None else self._stopped) - self._started
         return self._measured(self._laps, seconds, self._totals, self._counts, self._samples, KEPT)
 
     def measured_recently(self) -> Measured:
@@ -226,7 +227,7 @@ class Camera:
     def __init__(self, source: int | str) -> None:
         self.name = f"camera {source}"
         device = Path(f"/dev/video{source}" if isinstance(source, int) else source)
-        if device.parent.is_dir() and not device.exists() and device.is_absolute():
+        if sys.platform == "linux" and not device.exists():
             raise ValueError(f"{self.name}: no such camera: there is no {device}")
         self._capture = _quietly(lambda: cv2.VideoCapture(source))
         if not self._capture.isOpened():
@@ -285,7 +286,7 @@ class Newest:
         frames: read in the thread, and closed there.
         fps: play a video by its frames' times; the rate is for those without. None: frames come when they come.
         name: of the source, in an error.
-        patience: seconds without a frame after which the source counts as gone.
+        patience: seconds without a frame after which the source counts as gone; None: never.
 
     Attributes:
         dropped: frames that were read, and replaced before they were taken.
@@ -298,7 +299,7 @@ class Newest:
         *,
         name: str,
         fps: float | None = None,
-        patience: float = PATIENCE,
+        patience: float | None = PATIENCE,
     ) -> None:
         self._frames, self._watch, self._fps = frames, watch, fps
         self._name, self._patience = name, patience

@@ -119,7 +119,8 @@ class _Source:
         read = self._counted(read_frames(self._video.path, self._first, self._end))
         if not self._paced:
             return timed(read, partial(watch.stage, "read"))
-        self._newest = Newest(timed(read, partial(watch.beside, "read")), watch, name=self.name, fps=self.fps)
+        read = timed(read, partial(watch.beside, "read"))
+        self._newest = Newest(read, watch, name=self.name, fps=self.fps, patience=None)
         return self._newest
 
     def _counted(self, frames: Iterator[Frame]) -> Iterator[Frame]:
@@ -340,7 +341,9 @@ def _open_browser(url: str) -> None:
     # Without a display Python would start a browser for terminals, in the middle of this one.
     if sys.platform == "linux" and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))):
         return
-    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()  # it may wait for the browser
+    threading.Thread(
+        target=webbrowser.open, args=(url,), name="browser", daemon=True
+    ).start()  # it may wait for the browser
 
 
 def print_result(console: Console, result: Result) -> None:

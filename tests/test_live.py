@@ -283,6 +283,9 @@ def test_a_video_keeps_its_times(monkeypatch: pytest.MonkeyPatch, times: list[fl
 # Cameras
 
 
+_open_file = cv2.VideoCapture
+
+
 class FakeCamera:
     """What cv2.VideoCapture is of a camera that gives marked people and is then unplugged."""
 
@@ -290,7 +293,9 @@ class FakeCamera:
         self.count, self.opens, self.fps = count, opens, fps
         self.released = False
 
-    def __call__(self, source: int | str) -> FakeCamera:
+    def __call__(self, source: int | str) -> Any:
+        if isinstance(source, str) and not source.startswith("/dev/"):
+            return _open_file(source)
         self.source = source
         return self
 
@@ -637,6 +642,41 @@ def test_mistakes_are_one_sentence(
     refused("live: device must be auto, cpu or cuda, got 'tpu'", clip, "--device", "tpu")
     message = f"video {clip}: has {len(PLACES)} frames, expected more than 50, the first one asked for"
     refused(message, clip, "--no-page", "--frames", "50:")
+
+
+def test_a_drawing_whose_frames_change_their_size(
+    command: Callable[..., Result], camera: Callable[..., FakeCamera], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = camera(10)
+
+    def retrieve() -> tuple[bool, np.ndarray]:
+        return True, np.zeros((100 if fake.count < 5 else 200, 240, 3), np.uint8)
+
+    monkeypatch.setattr(fake, "retrieve", retrieve)
+    out = tmp_path / "drawn.mp4"
+    result = command(0, "--no-page", "--out", out)
+    assert result.exit_code == 2
+    message = rf"error: video {re.escape(str(out))}: frame \d+ is drawn at 340×100 px, expected 440×200, as the first\n"
+    assert re.fullmatch(message, result.stderr)
+    assert {frame.image.shape for frame in read_frames(out)} == {(200, 440, 3)}  # the frames before are kept
+
+
+@pytest.mark.parametrize(("display", "opens"), [(":0", True), (None, False)])
+def test_a_browser_is_opened_where_one_can_be_seen(
+    monkeypatch: pytest.MonkeyPatch, display: str | None, opens: bool
+) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    if display is not None:
+        monkeypatch.setenv("DISPLAY", display)
+    opened_urls: list[str] = []
+    monkeypatch.setattr(live_command.sys, "platform", "linux")
+    monkeypatch.setattr(live_command.webbrowser, "open", opened_urls.append)
+    live_command._open_browser("http://127.0.0.1:1/")
+    for thread in threading.enumerate():
+        if thread.name.startswith("browser"):
+            thread.join()
+    assert opened_urls == (["http://127.0.0.1:1/"] if opens else [])
 
 
 # The page

@@ -49,7 +49,7 @@
     skeleton.setPoses({ person: { joints: state.pose_3d } });
     at("frame").textContent = `frame ${state.frame}, ${state.time.toFixed(2)} s`;
     at("picture").src = state.picture;
-    await at("picture").decode();
+    await at("picture").decode().catch(() => {}); // one that cannot be shown gives way to the next
   };
 
   const follow = async () => {
