@@ -736,7 +736,7 @@ def test_the_page_shows_frames_the_skeleton_and_the_stages(
         page.wait_for_selector("#stages tbody tr")
         assert page.text_content("#source") == f"video {clip} · cpu, float32"
         assert page.text_content("#demonstration") == "A <b>demonstration</b>."
-        assert page.text_content("#state") == "Live."
+        _until(lambda: page.text_content("#state") == "Live.")
 
         def drawn() -> str:
             return page.evaluate("document.getElementById('skeleton').toDataURL()")
@@ -791,7 +791,8 @@ def test_the_page_says_when_nobody_is_seen_and_when_the_program_is_gone(
         with opened(server.url, width=420) as shown:
             publisher(lift_video.LiftedFrame(Frame(3, 0.15, picture(None)), None, None))
             _until(lambda: shown.page.text_content("#frame") == "frame 3, 0.15 s")
-            assert shown.page.text_content("#state") == "Live."
+            # Nothing follows.
+            _until(lambda: shown.page.text_content("#state") == "Waiting for the next frame …")
             assert shown.page.locator("#demonstration").is_hidden()
             assert shown.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             server.__exit__()
