@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from liftbyimage.models import Pipeline
 
 DEMO_MODEL = "lift-by-image"
+DEMONSTRATION = (
+    "This is a demonstration model, trained on synthetic scenes only: do not expect it to be accurate on photographs."
+)
 PACKAGE = Path(__file__).resolve().parent
 
 app = typer.Typer(
@@ -131,11 +134,7 @@ def lift(
 
 
 def _say_that_it_is_a_demonstration(console: Console) -> None:
-    console.print(
-        "This is a demonstration model, trained on synthetic scenes only: "
-        "do not expect it to be accurate on photographs.",
-        soft_wrap=True,
-    )
+    console.print(DEMONSTRATION, soft_wrap=True)
 
 
 def _check_folder(out: Path) -> None:
@@ -383,6 +382,62 @@ def lift_all(
         if lifted.problems:
             text += f" {lifted.problems} records could not be read: their poses are NaN, and `problem` says why."
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def live(
+    source: Annotated[str, typer.Argument(help="A camera, 0 or /dev/video0, or a video file.", show_default=False)],
+    pose_model: Annotated[
+        Path | None, typer.Option(help="The 2D pose model, .onnx or official HRNet weights; needed.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A trained lifter; by default the demonstration model.")
+    ] = None,
+    encoder_weights: _EncoderWeights = None,
+    box: Annotated[
+        str | None, typer.Option(metavar="x0,y0,x1,y1", help="Where the pose model looks in the first frame, px.")
+    ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Your function that finds people; the largest is lifted."),
+    ] = None,
+    device: _Device = "auto",
+    precision: _Precision = "float32",
+    optimize: Annotated[bool, typer.Option("--optimize", help="Make the encoder fast first.")] = False,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of the page on 127.0.0.1; by default a free one.")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Or only measure.")] = True,
+    unpaced: Annotated[
+        bool, typer.Option("--unpaced", help="Every frame of a video, as fast as they can be lifted.")
+    ] = False,
+    frames: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Only frames A to B - 1 of a video, from 0.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Draw into this video too, .mp4.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON for programs.")] = False,
+) -> None:
+    """Lift the person before a camera or in a video live, on a page, and measure every stage."""
+    notes = Console(stderr=as_json)
+    with _mistakes_in_one_sentence():
+        from liftbyimage.live_command import Options, print_result, run
+
+        def load_pipeline() -> Pipeline:
+            pipeline = _load_pipeline(checkpoint, encoder_weights, None)
+            if checkpoint is None:
+                _say_that_it_is_a_demonstration(notes)
+            return pipeline
+
+        looks = (pose_model, box, detector)
+        options = Options(source, *looks, device, precision, optimize, port, browser, page, unpaced, out, frames)
+        result = run(options, load_pipeline, "" if checkpoint else DEMONSTRATION, notes)
+        if as_json:
+            typer.echo(json.dumps(result.as_json(), indent=1, ensure_ascii=False, allow_nan=False))
+        else:
+            print_result(notes, result)
+        if result.error is not None:
+            raise result.error
 
 
 @contextmanager

@@ -47,13 +47,19 @@ def draw_frame(image: np.ndarray, pose_2d: np.ndarray | None, pose_3d: np.ndarra
         uint8 [h, w + h, 3], RGB, where (h, w) is the picture's size, shrunk to at most 720 high and made even for video
         encoders.
     """
+    picture = draw_picture(image, pose_2d)
+    return np.concatenate([picture, _draw_panel(picture.shape[0], pose_3d)], axis=1)
+
+
+def draw_picture(image: np.ndarray, pose_2d: np.ndarray | None) -> np.ndarray:
+    """The left part of `draw_frame`: a picture, uint8 [h, w, 3] RGB, with its 2D skeleton."""
     shrink = min(1.0, TALLEST / image.shape[0])
     height, width = (max(2, 2 * round(side * shrink / 2)) for side in image.shape[:2])
     picture = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     if pose_2d is not None:
         scale = np.array([width / image.shape[1], height / image.shape[0]])
         _draw_skeleton(picture, (pose_2d + 0.5) * scale - 0.5)
-    return np.concatenate([picture, _draw_panel(height, pose_3d)], axis=1)
+    return picture
 
 
 def _draw_panel(side: int, pose: np.ndarray | None) -> np.ndarray:

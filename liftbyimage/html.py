@@ -17,7 +17,15 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def page(title: str, body: str, *, style: str = "", script: str = "", data: Mapping[str, Any] | None = None) -> str:
+def page(
+    title: str,
+    body: str,
+    *,
+    style: str = "",
+    script: str = "",
+    data: Mapping[str, Any] | None = None,
+    fetches: bool = False,
+) -> str:
     """A whole HTML document in the style that all pages of the library share (`assets/page.css`).
 
     Args:
@@ -25,6 +33,8 @@ def page(title: str, body: str, *, style: str = "", script: str = "", data: Mapp
         body: HTML. Whatever comes from outside must have gone through `html.escape`.
         style, script: CSS and JavaScript of this page, after what is shared. The script runs at the end of the body.
         data: plain values for the script, which finds them in `DATA`. Numbers that are not finite become null.
+        fetches: whether the script may fetch from the server that the page came from. From elsewhere nothing ever
+            loads, and without this nothing at all.
 
     Returns:
         The document. It links to nothing; a button switches between light and dark, which at first follow the system.
@@ -36,7 +46,7 @@ def page(title: str, body: str, *, style: str = "", script: str = "", data: Mapp
             "<!doctype html>",
             '<html lang="en">',
             '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy(fetches)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(title)}</title>",
             f"<style>\n{asset('page.css')}\n{style}</style>",
@@ -48,6 +58,11 @@ def page(title: str, body: str, *, style: str = "", script: str = "", data: Mapp
             "",
         ]
     )
+
+
+def policy(fetches: bool = False) -> str:
+    """The Content-Security-Policy of `page`."""
+    return f"{_POLICY}; connect-src 'self'" if fetches else _POLICY
 
 
 def asset(name: str) -> str:

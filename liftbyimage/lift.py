@@ -27,7 +27,7 @@ from liftbyimage.data.crop import (
 from liftbyimage.data.pose_file import ImagePose, check_pixels
 from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.metrics import root_relative
-from liftbyimage.models import Pipeline
+from liftbyimage.models import LiftedPose, Pipeline
 
 SKELETON = "human3.6m"
 FORMATS = ("json", "npz")
@@ -149,17 +149,34 @@ def lift_crops(
     function: str, pipeline: Pipeline, crops: Sequence[PersonCrop], device: str | torch.device
 ) -> LiftedCrops:
     """Lift one batch, at least one crop, with a pipeline on `device` in evaluation mode; `function` is for errors."""
-    images = normalise_image(np.stack([crop.pixels for crop in crops])).to(device)  # [N, 3, 256, 192]
-    inputs = pipeline.lifter.pose_inputs(
+    images, poses = pipeline_inputs(pipeline, crops, device)
+    with torch.inference_mode():
+        out = pipeline(images, *poses)
+    return lifted_crops(function, out, crops)
+
+
+def pipeline_inputs(
+    pipeline: Pipeline, crops: Sequence[PersonCrop], device: str | torch.device
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What a pipeline takes of N crops, at least one: images [N, 3, 256, 192] and the lifter's 2D poses."""
+    images = normalise_image(np.stack([crop.pixels for crop in crops])).to(device)
+    poses = pipeline.lifter.pose_inputs(
         np.stack([crop.pose.keypoints for crop in crops]),
         np.stack([crop.matrix for crop in crops]),
         np.array([crop.image_size for crop in crops], dtype=np.float64),
     )
-    with torch.inference_mode():
-        out = pipeline(images, *(value.to(device) for value in inputs))
+    return images, [pose.to(device) for pose in poses]
+
+
+def lifted_crops(function: str, out: LiftedPose | torch.Tensor, crops: Sequence[PersonCrop]) -> LiftedCrops:
+    """What came out of a pipeline for crops, as arrays.
+
+    Raises:
+        ValueError: a pose is not finite; it names `function` and the crop's source.
+    """
     if isinstance(out, torch.Tensor):
         out = (root_relative(out),)
-    lifted = LiftedCrops(*(value.cpu().numpy() for value in out))
+    lifted = LiftedCrops(*((value.float() if value.is_floating_point() else value).cpu().numpy() for value in out))
     for row, crop in enumerate(crops):
         poses = (lifted.pose_3d, lifted.coarse_pose_3d)
         if not all(np.isfinite(pose[row]).all() for pose in poses if pose is not None):

@@ -72,8 +72,6 @@ def _check(options: Options, video: bool) -> None:
         for name, value in (("--box", options.box), ("--detector", options.detector)):
             if value is not None:
                 raise ValueError(f"{name} says where a pose model looks: it needs --pose-model")
-    if options.box is not None and options.detector is not None:
-        raise ValueError("--box and --detector both say where to look: choose one")
     if options.frames is not None and not video:
         raise ValueError("--frames chooses frames of a video, got pictures")
     written = options.out / results_name(options.format)
@@ -88,7 +86,7 @@ def _run_pictures(options: Options, load_pipeline: Callable[[], Pipeline]) -> st
         pipeline = load_pipeline()
     else:
         assert options.pose_model is not None
-        where = _where_to_look(options)
+        where = where_to_look(options.box, options.detector)
         pose_model = load_pose_model(options.pose_model)
         pipeline = load_pipeline()
         poses = find_poses(pose_model, images, **where)
@@ -101,11 +99,11 @@ def _run_pictures(options: Options, load_pipeline: Callable[[], Pipeline]) -> st
 def _run_video(options: Options, path: Path, load_pipeline: Callable[[], Pipeline], console: Console) -> str:
     assert options.pose_model is not None
     video = open_video(path)
-    first, end = _frame_range(options.frames)
-    where = _where_to_look(options)
+    first, end = frame_range(options.frames)
+    where = where_to_look(options.box, options.detector)
     pose_model = load_pose_model(options.pose_model)
     lifted = lift_video(load_pipeline(), read_frames(path, first, end), pose_model, **where)
-    total = None if video.frames is None else max(0, min(video.frames, end or video.frames) - first)
+    total = stated_frames(video, first, end)
     shown = track(lifted, "Lifting", total=total, console=console, disable=not console.is_terminal)
     results = write_video_results(shown, video, options.out, options.pictures, options.format)
     return _summary(results, video, total)
@@ -116,15 +114,26 @@ def _summary(results: VideoResults, video: Video, expected: int | None) -> str:
     text = f"Lifted the person in {results.people} of {results.frames} frames: {results.poses}{drawing}."
     if results.people < results.frames:
         text += " Nobody was seen in the others."
-    # The number of frames in a file's head may be an estimate, a little off.
-    if expected is not None and results.frames < 0.98 * expected - 1:
+    if is_short(results.frames, expected):
         text += f" {video.path} states {expected} frames, but no more could be read."
     return text
 
 
-def _where_to_look(options: Options) -> dict[str, Any]:
-    detect = None if options.detector is None else load_detector(options.detector)
-    return {"box": _box(options.box), "detect": detect}
+def stated_frames(video: Video, first: int, end: int | None) -> int | None:
+    """How many of the frames first … end − 1 a video states to have."""
+    return None if video.frames is None else max(0, min(video.frames, end or video.frames) - first)
+
+
+def is_short(read: int, expected: int | None) -> bool:
+    """Whether frames are missing of those that a video's head states, which may be an estimate, a little off."""
+    return expected is not None and read < 0.98 * expected - 1
+
+
+def where_to_look(box: str | None, detector: str | None) -> dict[str, Any]:
+    """What `--box` and `--detector` say, as `box` and `detect`."""
+    if box is not None and detector is not None:
+        raise ValueError("--box and --detector both say where to look: choose one")
+    return {"box": _box(box), "detect": None if detector is None else load_detector(detector)}
 
 
 def _box(text: str | None) -> np.ndarray | None:
@@ -139,8 +148,8 @@ def _box(text: str | None) -> np.ndarray | None:
     return box
 
 
-def _frame_range(text: str | None) -> tuple[int, int | None]:
-    """The first frame and the one after the last, None for the end of the video."""
+def frame_range(text: str | None) -> tuple[int, int | None]:
+    """What `--frames` says: the first frame and the one after the last, None for the end of the video."""
     if text is None:
         return 0, None
     first, colon, end = text.partition(":")

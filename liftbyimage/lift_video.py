@@ -167,24 +167,31 @@ def lift_video(
     check_batch_size("lift_video", batch_size)
     check_pipeline("lift_video", pipeline)
     pipeline = pipeline.to(device).eval()
+    follower = Follower(pose_model, box, detect)
     batch: list[tuple[Frame, ImagePose | None]] = []
-    for posed in _find_poses(frames, pose_model, box, detect):
-        batch.append(posed)
+    for frame in frames:
+        batch.append((frame, follower.find(frame.image)))
         if len(batch) == batch_size:
             yield from _lift_batch(pipeline, batch, device)
             batch = []  # let go of its pictures before the next are read
     yield from _lift_batch(pipeline, batch, device)
 
 
-def _find_poses(
-    frames: Iterable[Frame], pose_model: PoseModel, box: ArrayLike | None, detect: Detector | None
-) -> Iterator[tuple[Frame, ImagePose | None]]:
-    pose: ImagePose | None = None
-    for frame in frames:
-        follow = pose is not None and detect is None
-        look = pose.box if follow else where_to_look(frame.image, box, detect)
-        pose = None if look is None else find_pose(pose_model, frame.image, look)
-        yield frame, pose
+class Follower:
+    """Finds the person in one frame after the other; `lift_video` says where it looks."""
+
+    def __init__(self, pose_model: PoseModel, box: ArrayLike | None = None, detect: Detector | None = None) -> None:
+        self._pose_model, self._box, self._detect = pose_model, box, detect
+        self._last: ImagePose | None = None
+
+    def find(self, image: np.ndarray) -> ImagePose | None:
+        """The pose in the next frame, uint8 [H, W, 3] RGB, or None if nobody is seen."""
+        if self._last is not None and self._detect is None:
+            look: np.ndarray | None = self._last.box
+        else:
+            look = where_to_look(image, self._box, self._detect)
+        self._last = None if look is None else find_pose(self._pose_model, image, look)
+        return self._last
 
 
 def _lift_batch(
@@ -222,11 +229,11 @@ def write_video_results(
     out_dir = Path(out_dir)
     drawn = _drawing_path(video.path, out_dir) if drawing else None
     rows: list[dict[str, Any]] = []
-    with nullcontext(None) if drawn is None else _drawing(drawn, video.fps or USUAL_FPS) as draw:
+    with nullcontext(None) if drawn is None else drawing_file(drawn, video.fps or USUAL_FPS) as write:
         for each in lifted:
             rows.append(_row(each))
-            if draw is not None:
-                draw(each)
+            if write is not None:
+                write(draw_lifted(each), each.frame.number)
         if not rows:
             raise ValueError("write_video_results: lifted must hold at least one frame, got none")
     path = out_dir / results_name(format)
@@ -281,36 +288,44 @@ def _drawing_path(video: Path, out_dir: Path) -> Path:
     return path.with_stem(f"{path.stem}-2") if own else path
 
 
-@contextmanager
-def _drawing(path: Path, fps: float) -> Iterator[Callable[[LiftedFrame], None]]:
-    """Takes frames one by one into a temporary file, which becomes `path` once all of them are in it."""
+def draw_lifted(lifted: LiftedFrame) -> np.ndarray:
+    """The frame with both skeletons, as `draw_frame` draws it."""
     from liftbyimage.draw_video import draw_frame  # matplotlib's colours, which a caller without pictures need not load
 
+    return draw_frame(lifted.frame.image, None if lifted.pose is None else lifted.pose.keypoints, lifted.pose_3d)
+
+
+@contextmanager
+def drawing_file(path: Path, fps: float) -> Iterator[Callable[[np.ndarray, int], None]]:
+    """Takes pictures, RGB, and their frames' numbers into a temporary file, which becomes `path` once all are in it.
+
+    Without a picture no file is written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter()
     sizes: list[tuple[int, int]] = []  # (width, height) px, of each picture
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         temporary = Path(folder) / path.name
 
-        def draw(lifted: LiftedFrame) -> None:
-            pose_2d = None if lifted.pose is None else lifted.pose.keypoints
-            picture = draw_frame(lifted.frame.image, pose_2d, lifted.pose_3d)
-            sizes.append((picture.shape[1], picture.shape[0]))
-            if not writer.isOpened() and not writer.open(str(temporary), MP4V, fps, sizes[0]):
+        def write(picture: np.ndarray, number: int) -> None:
+            size = (picture.shape[1], picture.shape[0])
+            if not writer.isOpened() and not writer.open(str(temporary), MP4V, fps, size):
                 raise ValueError(f"video {path}: OpenCV cannot write it")
-            if sizes[-1] != sizes[0]:  # OpenCV would leave the frame out without a word
-                given, wanted = ("{}×{}".format(*size) for size in (sizes[-1], sizes[0]))
+            if sizes and size != sizes[0]:  # OpenCV would leave the frame out without a word
+                given, wanted = ("{}×{}".format(*size) for size in (size, sizes[0]))
                 raise ValueError(
-                    f"video {path}: frame {lifted.frame.number} is drawn at {given} px, expected {wanted}, as the first"
+                    f"video {path}: frame {number} is drawn at {given} px, expected {wanted}, as the first"
                 )
             writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            sizes.append(size)
 
         try:
-            yield draw
+            yield write
         finally:
             writer.release()
         # A disk that fills up ends a file early, and OpenCV says nothing.
         written = max(0, int(_capture(temporary).get(cv2.CAP_PROP_FRAME_COUNT)))  # negative if it does not open
         if written != len(sizes):
             raise ValueError(f"video {path}: only {written} of {len(sizes)} frames could be written: is the disk full?")
-        os.replace(temporary, path)
+        if sizes:
+            os.replace(temporary, path)

@@ -34,11 +34,14 @@ CONFIDENT = 0.2  # height of a heatmap's peak
 FEWEST_JOINTS = 9  # of 17
 
 
-def load_pose_model(path: str | os.PathLike[str]) -> PoseModel:
+def load_pose_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PoseModel:
     """A 2D pose model: an `.onnx` file, or official HRNet weights (w32 or w48, COCO).
 
     An ONNX model takes one float32 input [1, 3, 256, 192] (RGB, ImageNet-normalised) and gives the heatmaps
     [1, 17, 64, 48] in COCO order as its first output; it runs on the CPU.
+
+    Args:
+        device: where official weights compute.
 
     Raises:
         ValueError: no such file, not one of these models, or onnxruntime is missing.
@@ -47,10 +50,10 @@ def load_pose_model(path: str | os.PathLike[str]) -> PoseModel:
     require_file(f"pose model {path}", path)
     if path.suffix.lower() == ".onnx":
         return OnnxPoseModel(path)
-    model = official_hrnet(path, "pose model").eval()
+    model = official_hrnet(path, "pose model").eval().to(device)
 
     def heatmaps(images: Tensor) -> Tensor:
-        return model(images, ("heatmaps",))["heatmaps"]
+        return model(images.to(device), ("heatmaps",))["heatmaps"]
 
     return heatmaps
 

@@ -37,8 +37,8 @@ class Page:
 
 
 @contextmanager
-def opened(path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
-    """The file in a headless browser. Skips where there is no browser; `--require-browser` makes that a failure."""
+def opened(place: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Page]:
+    """A file or URL in a headless browser. Skips where there is none; `--require-browser` makes that a failure."""
     program = chromium()
     if program is None:
         pytest.skip(INSTALL)
@@ -49,7 +49,7 @@ def opened(path: Path, *, width: int = 1280, height: int = 900, dark: bool = Fal
         try:
             size = {"width": width, "height": height}
             page = Page(browser.new_page(viewport=size, color_scheme="dark" if dark else "light"))
-            page.page.goto(path.resolve().as_uri())
+            page.page.goto(place if isinstance(place, str) else place.resolve().as_uri())
             yield page
         finally:
             browser.close()

@@ -35,6 +35,13 @@ def test_what_a_page_would_load_is_refused(tmp_path: Path) -> None:
         assert any("Content Security Policy" in error for error in shown.errors)
 
 
+def test_a_page_fetches_from_its_own_server_only_if_it_says_so() -> None:
+    strict, open_ = page("strict", ""), page("open", "", fetches=True)
+    assert "connect-src" not in strict
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\"" in strict
+    assert open_.count("connect-src") == open_.count("script-src 'unsafe-inline'; connect-src 'self'\"") == 1
+
+
 def test_light_and_dark_follow_the_system_and_the_button(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", page("colours", "<p>text</p>"))
     background = "getComputedStyle(document.body).backgroundColor"
