@@ -83,7 +83,7 @@ def write_viewer(
         raise ValueError("write_viewer: people must be at least one, got none")
     check_people("write_viewer", len(people))
     data = viewer_data(pipeline, people)
-    body = _body(title, note, data)
+    body = _body(title, note, data["grid"] is not None, bool(data.get("blocks")))
     write_page(path, page(title, body, style=asset("viewer.css"), script=asset("viewer.js"), data=data))
 
 
@@ -93,7 +93,9 @@ def viewer_data(pipeline: Pipeline, people: Sequence[Person]) -> dict[str, Any]:
     lifter = pipeline.lifter
     data: dict[str, Any] = {"joints": list(JOINT_NAMES), "bones": [list(bone) for bone in BONES], "grid": None}
     if not isinstance(lifter, LiftByImage):
-        return data | {"people": [_lifted(pipeline, person) for person in people]}
+        blocks = len(lifter.context_blocks) if isinstance(lifter, ContextAwarePoseFormer) else 0
+        levels = len(lifter.config.channels) if blocks else 0
+        return data | {"blocks": blocks, "levels": levels, "people": [_lifted(pipeline, one) for one in people]}
     patches = math.prod(lifter.config.grid)
     retentions = sorted({*RETENTIONS, lifter.config.retention})
     heads = lifter.config.heads if len(people) <= PEOPLE_WITH_HEADS else 0
@@ -104,6 +106,7 @@ def viewer_data(pipeline: Pipeline, people: Sequence[Person]) -> dict[str, Any]:
         "keep": [keep_count(patches, retention) for retention in retentions],
         "trained": retentions.index(lifter.config.retention),
         "maps": _map_names(lifter, heads),
+        "importance": len(lifter.stage1) - 1,  # the map whose mean over joints it is
         "faintest": FAINTEST,
         "colours": _packed(np.ascontiguousarray(colours)),
         "people": [_explored(pipeline, person, retentions, heads > 0) for person in people],
@@ -113,7 +116,22 @@ def viewer_data(pipeline: Pipeline, people: Sequence[Person]) -> dict[str, Any]:
 def _lifted(pipeline: Pipeline, person: Person) -> dict[str, Any]:
     """A person lifted by a lifter without patches."""
     images, inputs = _batch(pipeline, person)
-    return _described(person) | {"refined": [_pose(root_relative(pipeline(images, *inputs)))]}
+    lifter = pipeline.lifter
+    lifted = _described(person) | {"refined": [_pose(root_relative(pipeline(images, *inputs)))]}
+    if not isinstance(lifter, ContextAwarePoseFormer):
+        return lifted
+    height, width = person.crop.shape[:2]
+    blocks = lifter.context_places(pipeline.read(images), *inputs)
+    return lifted | {"places": [_places(places[0], weights[0], (width, height)) for places, weights in blocks]}
+
+
+def _places(places: Tensor, weights: Tensor, size: tuple[int, int]) -> list[list[list[float]]]:
+    """Per joint, the level, x and y (crop px) and weight of each place, of places [L, J, H, S, 2] and weights."""
+    levels = len(places)
+    pixels = (places.float().cpu() + 1) / 2 * torch.tensor(size)
+    level = torch.arange(levels).float().view(-1, 1, 1, 1, 1).expand(*weights.shape, 1)
+    rows = torch.cat([level, pixels, weights.float().cpu()[..., None]], dim=-1)  # [L, J, H, S, 4]
+    return np.round(rows.transpose(0, 1).flatten(1, 3).double().numpy(), _PIXELS).tolist()
 
 
 def _explored(pipeline: Pipeline, person: Person, retentions: Iterable[float], heads: bool) -> dict[str, Any]:
@@ -138,14 +156,9 @@ def _explored(pipeline: Pipeline, person: Person, retentions: Iterable[float], h
 
 
 def _map_names(lifter: LiftByImage, heads: int) -> list[str]:
-    last = len(lifter.stage1) - 1
-    names = []
-    for layer in range(last + 1):
-        notes = ["pose-guided"] * (layer == lifter.config.pose_guided_layer) + ["decides what is kept"] * (
-            layer == last
-        )
-        names.append(f"layer {layer + 1}, mean of heads" + (f" ({', '.join(notes)})" if notes else ""))
-    return names + [f"layer {last + 1}, head {head + 1}" for head in range(heads)]
+    guided, layers = lifter.config.pose_guided_layer, len(lifter.stage1)
+    names = [f"{layer + 1}, pose-guided" if layer == guided else f"{layer + 1}" for layer in range(layers)]
+    return [f"{name}, mean of heads" for name in names] + [f"{names[-1]}, head {head + 1}" for head in range(heads)]
 
 
 def importance_order(importance: np.ndarray) -> np.ndarray:
@@ -203,9 +216,9 @@ def _packed(array: np.ndarray) -> dict[str, str]:
     return {"type": array.dtype.name, "base64": base64.b64encode(plain.tobytes()).decode("ascii")}
 
 
-def _body(title: str, note: str, data: dict[str, Any]) -> str:
-    patches = data["grid"] is not None
-    look = "Where it looks" if patches else "The crop and its joints"
+def _body(title: str, note: str, patches: bool, places: bool) -> str:
+    look = "Where it looks" if patches or places else "The crop and its joints"
+    choice = _MAP_CHOICE if patches else _PLACE_CHOICE if places else ""
     return f"""<h1>{html.escape(title)}</h1>
 <p class="faint">{html.escape(note)}</p>
 <noscript><p>This page draws with JavaScript, which is switched off.</p></noscript>
@@ -217,9 +230,9 @@ def _body(title: str, note: str, data: dict[str, Any]) -> str:
 <main>
 <section class="panel" aria-label="{look}">
 <h2>{look}</h2>
-{_MAP_CHOICE if patches else ""}<div class="picture" id="look"><img alt="The crop"><canvas></canvas><svg></svg></div>
-<p id="looking" role="status"></p>
-{_COLOUR_SCALE if patches else ""}</section>
+{choice}<div class="picture" id="look"><img alt="The crop"><canvas></canvas><svg></svg></div>
+{_COLOUR_SCALE if patches else ""}<p id="looking" role="status"></p>
+</section>
 {_KEPT if patches else ""}<section class="panel" id="pose" aria-label="3D pose">
 <h2>3D pose</h2>
 {_SPACE}</section>
@@ -227,17 +240,21 @@ def _body(title: str, note: str, data: dict[str, Any]) -> str:
 {asset("viewer-help.html")}"""
 
 
-_MAP_CHOICE = '<p class="row"><label>Attention of <select id="map"></select></label></p>\n'
+_MAP_CHOICE = '<p class="row"><label>Layer <select id="map"></select></label></p>\n'
+_PLACE_CHOICE = """<p class="row"><label>Block <select id="block"></select></label>
+<label>Map <select id="level"></select></label></p>
+"""
 _COLOUR_SCALE = '<div class="scale"><div id="colours"></div><span id="low"></span><span id="high"></span></div>\n'
 _KEPT = """<section class="panel" aria-label="What stage 2 sees">
 <h2>What stage 2 sees</h2>
 <p class="row"><label>Retention <input id="retention" type="range" min="0" step="1"></label></p>
 <div class="picture" id="kept"><img alt="The crop, dimmed where patches are dropped"><canvas></canvas></div>
 <p id="keeping" role="status"></p>
+<svg id="trend" role="img"></svg>
 </section>
 """
 _SPACE = """<div class="row" id="switches" role="group" aria-label="Shown poses"></div>
-<svg id="space" viewBox="0 0 600 470" tabindex="0" role="application"
+<svg id="space" tabindex="0" role="application"
  aria-label="3D pose. Drag or use the arrow keys to turn, wheel or plus and minus to zoom, 0 to reset."></svg>
 <p class="row" role="group" aria-label="View">
 <button id="reset">Reset view</button>

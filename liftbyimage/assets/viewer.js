@@ -2,7 +2,6 @@
 const SVG = "http://www.w3.org/2000/svg";
 const HOME = { yaw: 28, pitch: 12, zoom: 1 }; // degrees; from the camera's right, as in the pictures
 const CAMERA = { yaw: 0, pitch: 0, zoom: 1 };
-const SPACE = { width: 600, height: 470 };
 const CELL = 0.25; // metres of the floor
 const REACH = 14; // how near to a joint, in px of the crop and of the 3D view, chooses it
 const LETTERS = { left_wrist: "L", left_ankle: "L", right_wrist: "R", right_ankle: "R" };
@@ -15,8 +14,10 @@ const state = {
   person: 0,
   joint: null, // what is hovered or focused
   held: null, // what was clicked
-  map: hasPatches ? DATA.maps.findLastIndex((name) => name.includes("mean")) : 0,
-  stop: hasPatches ? DATA.trained : 0,
+  map: DATA.importance, // of a lifter with patches
+  stop: DATA.trained ?? 0,
+  block: DATA.blocks - 1, // of a lifter that reads maps at places
+  level: null, // all
   view: { ...HOME },
   shown: { refined: true, coarse: true, truth: true },
 };
@@ -175,13 +176,51 @@ function showJoint() {
 
 function showLooking() {
   const name = joint() === null ? null : names[joint()];
-  if (!hasPatches) {
-    byId("looking").textContent = name ?? "Hover over a joint, tap it or use the keyboard to name it.";
-    return;
+  if (hasPatches) drawHeat();
+  if (DATA.blocks) drawPlaces();
+  byId("looking").textContent = name === null ? withoutJoint() : `${name[0].toUpperCase()}${name.slice(1)}${byWhat()}`;
+}
+
+function withoutJoint() {
+  if (!hasPatches) return "Choose a joint: hover over it, tap it or use the keyboard.";
+  const what = state.map === DATA.importance ? "the importance, which decides what is kept" : `layer ${DATA.maps[state.map]}`;
+  return `Mean over all joints: ${what}. Hover over a joint to see where it looks.`;
+}
+
+function byWhat() {
+  if (hasPatches) return `: layer ${DATA.maps[state.map]}.`;
+  if (!DATA.blocks) return ".";
+  return `: ${shownPlaces().length} places read by block ${state.block + 1}. Area is weight.`;
+}
+
+// --- places of the context blocks -------------------------------------------------------------------------------
+
+function shownPlaces() {
+  if (joint() === null) return [];
+  return person().places[state.block][joint()].filter(([level]) => state.level === null || level === state.level);
+}
+
+function drawPlaces() {
+  figure.places ??= make(look, "g", { class: "places" });
+  figure.places.replaceChildren();
+  for (const [level, x, y, weight] of shownPlaces()) {
+    make(figure.places, "circle", { class: `place level-${level % 4}`, cx: x + 0.5, cy: y + 0.5, r: 4 * Math.sqrt(weight) });
   }
-  drawHeat();
-  const who = name === null ? "All joints" : `${name[0].toUpperCase()}${name.slice(1)}`;
-  byId("looking").textContent = `${who}: ${DATA.maps[state.map]}`;
+}
+
+function buildPlaces() {
+  for (let block = 0; block < DATA.blocks; block++) make(byId("block"), "option", { value: block }, `${block + 1}`);
+  make(byId("level"), "option", { value: "" }, "all");
+  for (let level = 0; level < DATA.levels; level++) make(byId("level"), "option", { value: level }, `${level + 1}`);
+  byId("block").value = state.block;
+  byId("block").addEventListener("change", (event) => {
+    state.block = Number(event.target.value);
+    showLooking();
+  });
+  byId("level").addEventListener("change", (event) => {
+    state.level = event.target.value === "" ? null : Number(event.target.value);
+    showLooking();
+  });
 }
 
 // --- patches ----------------------------------------------------------------------------------------------------
@@ -231,14 +270,43 @@ async function drawKept() {
   context.drawImage(mask, 0, 0, canvas.width, canvas.height);
 }
 
+const percent = (stop) => `${Number((100 * DATA.retentions[stop]).toFixed(2))} %`;
+
 function showKept() {
   const keep = DATA.keep[state.stop];
   const patches = DATA.grid[0] * DATA.grid[1];
-  const percent = `${Number((100 * DATA.retentions[state.stop]).toFixed(2))} %`;
   const note = state.stop === DATA.trained ? " (as trained)" : "";
-  byId("retention").setAttribute("aria-valuetext", percent + note);
-  byId("keeping").textContent = `${percent}${note}: ${keep} of ${patches} patches kept`;
+  byId("retention").setAttribute("aria-valuetext", percent(state.stop) + note);
+  drawTrend();
+  byId("keeping").textContent = `${percent(state.stop)}${note}: ${keep} of ${patches} patches kept`;
   drawKept();
+}
+
+// How the refined pose fares at every retention: its MPJPE, or without a truth how far it lies from the one as trained.
+const trendOf = once(({ refined, truth }) => refined.map((pose) => meanDistance(pose, truth ?? refined[DATA.trained])));
+
+function drawTrend() {
+  const [width, height, left, bottom] = [270, 96, 8, 16];
+  const svg = byId("trend");
+  const values = trendOf(person());
+  const what = person().truth ? "MPJPE" : "distance from the pose as trained";
+  const shown = values.map((value, stop) => `${percent(stop)}: ${millimetres(value)}`).join(", ");
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("aria-label", `Refined pose, ${what}: ${shown}`);
+  svg.replaceChildren();
+  make(svg, "text", { class: "faint", x: left, y: 11 }, `refined: ${what}`);
+  const step = (width - 2 * left) / values.length;
+  values.forEach((value, stop) => {
+    const size = (height - 44) * (value / Math.max(...values, 1e-9));
+    const bar = { x: left + stop * step + 2, y: height - bottom - size, width: step - 4, height: size };
+    make(svg, "rect", { class: stop === state.stop ? "bar now" : "bar", ...bar });
+    if (stop !== state.stop) return;
+    const middle = left + (stop + 0.5) * step;
+    make(svg, "text", { x: middle, y: bar.y - 4, "text-anchor": "middle" }, (1000 * value).toFixed(0) + " mm");
+  });
+  for (const stop of [0, DATA.trained, values.length - 1]) {
+    make(svg, "text", { class: "faint", x: left + (stop + 0.5) * step, y: height - 3, "text-anchor": "middle" }, percent(stop));
+  }
 }
 
 // --- 3D ---------------------------------------------------------------------------------------------------------
@@ -255,7 +323,7 @@ function buildSpace() {
     const group = make(space, "g", { class: "axis-of-camera" });
     return { line: make(group, "line", { class: "axis" }), name: make(group, "text", { class: "faint" }, name) };
   });
-  for (const pose of ["truth", "coarse", "refined"]) {
+  for (const pose of ["truth", "refined", "coarse"]) {
     const group = make(space, "g", { class: pose });
     scene[pose] = { group, bones: DATA.bones.map(([, child]) => make(group, "line", { class: `bone ${side(child)}` })) };
   }
@@ -269,6 +337,7 @@ function buildSpace() {
   });
   scene.name = make(space, "text", { class: "name", x: 12, y: 24 });
   listenToSpace();
+  new ResizeObserver(drawSpace).observe(space);
 }
 
 // The box about every pose of this person, so that nothing jumps when the retention changes.
@@ -307,16 +376,22 @@ function projection() {
   const { centre, radius } = boundsOf(person());
   const { right, up, near } = basis();
   const eye = 5 * radius;
-  const scale = (0.5 * SPACE.height * state.view.zoom * eye) / radius;
+  const { width, height } = canvasSize();
+  const scale = (0.45 * Math.min(width, height) * state.view.zoom * eye) / radius;
   return (point) => {
     const offset = point.map((value, axis) => value - centre[axis]);
     const depth = Math.max(0.2 * radius, eye - dot(offset, near));
     const size = scale / depth;
-    return [SPACE.width / 2 + size * dot(offset, right), SPACE.height / 2 - size * dot(offset, up), depth];
+    return [width / 2 + size * dot(offset, right), height / 2 - size * dot(offset, up), depth];
   };
 }
 
+// The view's units are CSS px, so that letters and joints keep their size on a narrow screen.
+const canvasSize = () => ({ width: space.clientWidth || 1, height: space.clientHeight || 1 });
+
 function drawSpace() {
+  const { width, height } = canvasSize();
+  space.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const project = projection();
   drawFloor(project);
   drawAxes();
@@ -333,7 +408,7 @@ function drawFloor(project) {
 
 function drawAxes() {
   const { right, up } = basis();
-  const origin = [52, SPACE.height - 52];
+  const origin = [52, canvasSize().height - 52];
   const directions = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]; // x right, y down, z forward
   directions.forEach((direction, index) => {
     const [x, y] = [dot(direction, right), -dot(direction, up)];
@@ -548,4 +623,5 @@ buildSpace();
 buildSwitches();
 buildPersons();
 if (hasPatches) buildPatches();
+if (DATA.blocks) buildPlaces();
 showPerson(0);
