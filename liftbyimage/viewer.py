@@ -220,7 +220,7 @@ def _body(title: str, note: str, patches: bool, places: bool) -> str:
     look = "Where it looks" if patches or places else "The crop and its joints"
     choice = _MAP_CHOICE if patches else _PLACE_CHOICE if places else ""
     return f"""<h1>{html.escape(title)}</h1>
-<p class="faint">{html.escape(note)}</p>
+{f'<p class="faint">{html.escape(note)}</p>' if note else ""}
 <noscript><p>This page draws with JavaScript, which is switched off.</p></noscript>
 <nav aria-label="People">
 <button id="previous" title="Previous person (left arrow key)">← previous</button>
@@ -231,7 +231,7 @@ def _body(title: str, note: str, patches: bool, places: bool) -> str:
 <section class="panel" aria-label="{look}">
 <h2>{look}</h2>
 {choice}<div class="picture" id="look"><img alt="The crop"><canvas></canvas><svg></svg></div>
-{_COLOUR_SCALE if patches else ""}<p id="looking" role="status"></p>
+{_COLOUR_SCALE if patches else _MAP_KEY if places else ""}<p id="looking" role="status"></p>
 </section>
 {_KEPT if patches else ""}<section class="panel" id="pose" aria-label="3D pose">
 <h2>3D pose</h2>
@@ -245,6 +245,7 @@ _PLACE_CHOICE = """<p class="row"><label>Block <select id="block"></select></lab
 <label>Map <select id="level"></select></label></p>
 """
 _COLOUR_SCALE = '<div class="scale"><div id="colours"></div><span id="low"></span><span id="high"></span></div>\n'
+_MAP_KEY = '<p class="row" id="maps"></p>\n'
 _KEPT = """<section class="panel" aria-label="What stage 2 sees">
 <h2>What stage 2 sees</h2>
 <p class="row"><label>Retention <input id="retention" type="range" min="0" step="1"></label></p>

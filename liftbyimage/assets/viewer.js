@@ -211,7 +211,13 @@ function drawPlaces() {
 function buildPlaces() {
   for (let block = 0; block < DATA.blocks; block++) make(byId("block"), "option", { value: block }, `${block + 1}`);
   make(byId("level"), "option", { value: "" }, "all");
-  for (let level = 0; level < DATA.levels; level++) make(byId("level"), "option", { value: level }, `${level + 1}`);
+  for (let level = 0; level < DATA.levels; level++) {
+    make(byId("level"), "option", { value: level }, `${level + 1}`);
+    const entry = make(byId("maps"), "span");
+    entry.append(document.createElementNS(SVG, "svg"), `map ${level + 1}`);
+    entry.firstChild.setAttribute("viewBox", "0 0 10 10");
+    make(entry.firstChild, "circle", { class: `level-${level % 4}`, cx: 5, cy: 5, r: 4 });
+  }
   byId("block").value = state.block;
   byId("block").addEventListener("change", (event) => {
     state.block = Number(event.target.value);
@@ -613,6 +619,7 @@ function pressKey(event) {
 document.body.classList.toggle("patches", hasPatches);
 document.querySelector("main").classList.toggle("plain", !hasPatches);
 for (const item of document.querySelectorAll(".patches-only")) item.hidden = !hasPatches;
+for (const item of document.querySelectorAll(".places-only")) item.hidden = !DATA.blocks;
 byId("reset").addEventListener("click", () => see(HOME));
 byId("camera").addEventListener("click", () => see(CAMERA));
 byId("closer").addEventListener("click", () => zoom(1.2));
