@@ -77,11 +77,13 @@ def write_viewer(
         title, note: plain text above the people.
 
     Raises:
-        ValueError: no people, or too many.
+        ValueError: no people, too many, or a pipeline in training mode.
     """
     if not people:
         raise ValueError("write_viewer: people must be at least one, got none")
     check_people("write_viewer", len(people))
+    if any(module.training for module in pipeline.modules()):
+        raise ValueError("write_viewer: pipeline must be in evaluation mode, got training mode; call eval()")
     data = viewer_data(pipeline, people)
     body = _body(title, note, data["grid"] is not None, bool(data.get("blocks")))
     write_page(path, page(title, body, style=asset("viewer.css"), script=asset("viewer.js"), data=data))

@@ -393,7 +393,10 @@ function projection() {
 }
 
 // The view's units are CSS px, so that letters and joints keep their size on a narrow screen.
-const canvasSize = () => ({ width: space.clientWidth || 1, height: space.clientHeight || 1 });
+function canvasSize() {
+  const { width, height } = space.getBoundingClientRect();
+  return { width: width || 1, height: height || 1 };
+}
 
 function drawSpace() {
   const { width, height } = canvasSize();
