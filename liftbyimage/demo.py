@@ -55,7 +55,7 @@ def run_demo(out: Path, people: int, seed: int, console: Console, html: bool = F
     errors = evaluate(pipeline, pose_only, scenes)
     backends, speedup = _measure(pipeline, scenes)
     pictures = _draw(pipeline, scenes, people, out)
-    page = _write_page(pipeline, scenes, people, out) if html else None
+    page = write_demo_page(pipeline, scenes, people, out) if html else None
     _print(console, count, errors, backends, speedup)
     console.print(f"{len(pictures)} pictures are in {out}/", markup=False, soft_wrap=True)
     if page is not None:
@@ -150,7 +150,8 @@ def _draw(pipeline: Pipeline, scenes: TrainingScenes, people: int, out: Path) ->
     return pictures
 
 
-def _write_page(pipeline: Pipeline, scenes: TrainingScenes, people: int, out: Path) -> Path:
+def write_demo_page(pipeline: Pipeline, scenes: TrainingScenes, people: int, out: Path) -> Path:
+    """A page of the first `people` scenes in the folder `out`; its path."""
     size = tuple(scenes.image.shape[1:3])
     shown = [
         viewer.Person(

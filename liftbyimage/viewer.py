@@ -30,7 +30,7 @@ from liftbyimage.ops import keep_count
 
 FILE = "viewer.html"
 RETENTIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # and the lifter's own
-MOST_PEOPLE = 100  # 0.3 MB each
+MOST_PEOPLE = 100  # some 0.3 MB each
 PEOPLE_WITH_HEADS = 8  # on a page of more, attention is stored as means over the heads alone
 FAINTEST = 0.01  # attention below this multiple of uniform is stored as it
 _CODES = 255
@@ -119,12 +119,15 @@ def _lifted(pipeline: Pipeline, person: Person) -> dict[str, Any]:
     """A person lifted by a lifter without patches."""
     images, inputs = _batch(pipeline, person)
     lifter = pipeline.lifter
-    lifted = _described(person) | {"refined": [_pose(root_relative(pipeline(images, *inputs)))]}
     if not isinstance(lifter, ContextAwarePoseFormer):
-        return lifted
-    height, width = person.crop.shape[:2]
-    blocks = lifter.context_places(pipeline.read(images), *inputs)
-    return lifted | {"places": [_places(places[0], weights[0], (width, height)) for places, weights in blocks]}
+        return _described(person) | {"refined": [_pose(pipeline(images, *inputs))]}
+    maps = pipeline.read(images)
+    size = person.crop.shape[1], person.crop.shape[0]
+    blocks = lifter.context_places(maps, *inputs)
+    return _described(person) | {
+        "refined": [_pose(root_relative(lifter(maps, *inputs)))],
+        "places": [_places(places[0], weights[0], size) for places, weights in blocks],
+    }
 
 
 def _places(places: Tensor, weights: Tensor, size: tuple[int, int]) -> list[list[list[float]]]:
@@ -160,7 +163,7 @@ def _explored(pipeline: Pipeline, person: Person, retentions: Iterable[float], h
 def _map_names(lifter: LiftByImage, heads: int) -> list[str]:
     guided, layers = lifter.config.pose_guided_layer, len(lifter.stage1)
     names = [f"{layer + 1}, pose-guided" if layer == guided else f"{layer + 1}" for layer in range(layers)]
-    return [f"{name}, mean of heads" for name in names] + [f"{names[-1]}, head {head + 1}" for head in range(heads)]
+    return [f"{name}, all heads" for name in names] + [f"{names[-1]}, head {head + 1}" for head in range(heads)]
 
 
 def importance_order(importance: np.ndarray) -> np.ndarray:

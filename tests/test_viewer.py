@@ -94,9 +94,9 @@ def test_attention_is_the_lifters_within_the_stated_step(pipeline, scenes, data)
         maps = pipeline.lifter.attention_maps(features, scenes.pose_2d)
         expected = [*(one.mean(1) for one in maps), *maps[-1].unbind(1)]
     assert data["maps"] == [
-        "1, mean of heads",
-        "2, pose-guided, mean of heads",
-        "3, mean of heads",
+        "1, all heads",
+        "2, pose-guided, all heads",
+        "3, all heads",
         *(f"3, head {head}" for head in (1, 2, 3, 4)),
     ]
     floor = viewer.FAINTEST / (64 * 48)
@@ -240,7 +240,7 @@ def _errors(shown: Page) -> dict[str, list[str]]:
 
 def test_the_script_reads_what_was_embedded(shown, data) -> None:
     for joint in (None, WRIST):
-        actual = shown.page.evaluate(f"[...attentionOf({{ people: 1, map: 4, joint: {json.dumps(joint)} }})]")
+        actual = shown.page.evaluate(f"[...attentionOf(1, 4, {json.dumps(joint)})]")
         stored = 64 * 48 * _stored(data["people"][1]["attention"][4])
         np.testing.assert_allclose(actual, stored.mean(axis=0) if joint is None else stored[joint], rtol=1e-9)
     for stop, keep in enumerate(data["keep"]):
@@ -250,13 +250,16 @@ def test_the_script_reads_what_was_embedded(shown, data) -> None:
 
 def test_hovering_over_a_joint_shows_where_it_looks(shown) -> None:
     mean = _heat(shown)
-    text = "Mean over all joints: the importance, which decides what is kept. Hover over a joint to see where it looks."
+    text = (
+        "Mean over all joints: the importance, which decides what is kept. "
+        "Hover over a joint, or tap it, to see where it looks."
+    )
     assert shown.page.inner_text("#looking") == text
     seen = {mean}
     for joint, name in ((WRIST, "Left wrist"), (KNEE, "Right knee")):
         for view in ("#look", "#space"):
             _hover(shown, joint, view)
-            assert shown.page.inner_text("#looking") == f"{name}: layer 3, mean of heads."
+            assert shown.page.inner_text("#looking") == f"{name}: layer 3, all heads."
             assert shown.page.locator("#space .name").text_content() == name.lower()
             assert len(_errors(shown)["refined"]) == 2
             seen.add(_heat(shown))
@@ -428,7 +431,7 @@ def test_narrow_screens_and_touch(page_file: Path, dark: bool) -> None:
         touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [point]})
         touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         _until(shown, "state.held !== null")
-        assert page.inner_text("#looking") == "Left wrist: layer 3, mean of heads."
+        assert page.inner_text("#looking") == "Left wrist: layer 3, all heads."
         assert _heat(shown) != mean
         page.locator("#space").scroll_into_view_if_needed()
         box = page.locator("#space").bounding_box()

@@ -50,8 +50,8 @@ const orderOf = once((of) => unpack(of.order));
 const codesOf = once((map) => unpack(map.codes));
 
 // Multiples of uniform attention [P], of one joint or the mean over all.
-function attentionOf({ people = state.person, map = state.map, joint = null }) {
-  const stored = DATA.people[people].attention[map];
+function attentionOf(person, map, joint) {
+  const stored = DATA.people[person].attention[map];
   const codes = codesOf(stored);
   const value = Float64Array.from({ length: 256 }, (_, code) => stored.low * stored.step ** code);
   const patches = codes.length / names.length;
@@ -62,9 +62,9 @@ function attentionOf({ people = state.person, map = state.map, joint = null }) {
   return ratio;
 }
 
-function keptOf(people, stop) {
+function keptOf(person, stop) {
   const kept = new Uint8Array(DATA.grid[0] * DATA.grid[1]);
-  for (const patch of orderOf(DATA.people[people]).subarray(0, DATA.keep[stop])) kept[patch] = 1;
+  for (const patch of orderOf(DATA.people[person]).subarray(0, DATA.keep[stop])) kept[patch] = 1;
   return kept;
 }
 
@@ -184,7 +184,7 @@ function showLooking() {
 function withoutJoint() {
   if (!hasPatches) return "Choose a joint: hover over it, tap it or use the keyboard.";
   const what = state.map === DATA.importance ? "the importance, which decides what is kept" : `layer ${DATA.maps[state.map]}`;
-  return `Mean over all joints: ${what}. Hover over a joint to see where it looks.`;
+  return `Mean over all joints: ${what}. Hover over a joint, or tap it, to see where it looks.`;
 }
 
 function byWhat() {
@@ -234,7 +234,7 @@ function buildPlaces() {
 const colours = hasPatches ? unpack(DATA.colours) : null;
 
 function drawHeat() {
-  const ratio = attentionOf({ joint: joint() });
+  const ratio = attentionOf(state.person, state.map, joint());
   const sorted = Float64Array.from(ratio).sort();
   const quantile = (share) => sorted[Math.round(share * (sorted.length - 1))];
   const low = quantile(0.4);
@@ -383,12 +383,12 @@ function projection() {
   const { right, up, near } = basis();
   const eye = 5 * radius;
   const { width, height } = canvasSize();
-  const scale = (0.45 * Math.min(width, height) * state.view.zoom * eye) / radius;
+  const scale = (0.42 * Math.min(width, height) * state.view.zoom * eye) / radius;
   return (point) => {
     const offset = point.map((value, axis) => value - centre[axis]);
     const depth = Math.max(0.2 * radius, eye - dot(offset, near));
     const size = scale / depth;
-    return [width / 2 + size * dot(offset, right), height / 2 - size * dot(offset, up), depth];
+    return [width / 2 + size * dot(offset, right), 0.48 * height - size * dot(offset, up), depth];
   };
 }
 
@@ -517,13 +517,14 @@ function jointInSpace(at) {
 
 const LABELS = { refined: "refined (stage 2)", coarse: "coarse (stage 1)", truth: "truth" };
 const label = (pose) => (hasPatches || pose === "truth" ? LABELS[pose] : "lifted");
+const shortLabel = (pose) => label(pose).replace(/ \(.*/, "");
 
 function buildSwitches() {
   for (const pose of ["refined", "coarse", "truth"]) {
     const wrapper = make(byId("switches"), "label", { "data-pose": pose });
     const box = make(wrapper, "input", { type: "checkbox" });
     make(wrapper, "span", { class: `key ${pose}` });
-    make(wrapper, "span", {}, label(pose));
+    make(wrapper, "span", {}, shortLabel(pose));
     box.checked = true;
     box.addEventListener("change", () => {
       state.shown[pose] = box.checked;
@@ -539,10 +540,10 @@ function showSwitches() {
 
 function showErrors() {
   const { truth, ...poses } = posesOf(person());
-  const place = byId("errors");
-  place.replaceChildren();
-  if (!truth) return showShift(place);
-  const table = make(place, "table");
+  const report = byId("errors");
+  report.replaceChildren();
+  if (!truth) return showShift(report);
+  const table = make(report, "table");
   const head = make(table, "tr");
   for (const text of ["distance from the truth", "MPJPE", ...(joint() === null ? [] : [names[joint()]])]) {
     make(head, "th", { scope: "col" }, text);
@@ -557,12 +558,12 @@ function showErrors() {
 }
 
 // Without a truth: what the retention changes.
-function showShift(place) {
+function showShift(report) {
   if (!hasPatches) return;
   const { refined, coarse } = person();
   const [now, trained] = [refined[state.stop], refined[DATA.trained]];
   const from = state.stop === DATA.trained ? "" : `, ${millimetres(meanDistance(now, trained))} from the one as trained`;
-  make(place, "p", {}, `The refined pose lies ${millimetres(meanDistance(now, coarse))} from the coarse one${from} (mean over joints).`);
+  make(report, "p", {}, `The refined pose lies ${millimetres(meanDistance(now, coarse))} from the coarse one${from} (mean over joints).`);
 }
 
 // --- persons ----------------------------------------------------------------------------------------------------
