@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from liftbyimage.models import Pipeline
 
 DEMO_MODEL = "lift-by-image"
+DEMONSTRATION = (
+    "This is a demonstration model, trained on synthetic scenes only: do not expect it to be accurate on photographs."
+)
 PACKAGE = Path(__file__).resolve().parent
 
 app = typer.Typer(
@@ -129,19 +132,12 @@ def lift(
         def load_pipeline() -> Pipeline:
             pipeline = _load_pipeline(checkpoint, encoder_weights, model)
             if checkpoint is None:
-                _say_that_it_is_a_demonstration(console)
+                console.print(DEMONSTRATION, soft_wrap=True)
             return pipeline
 
-        options = Options(files, pose, pose_model, box, detector, out, format, pictures, frames, html)
+        note = DEMONSTRATION if checkpoint is None else ""
+        options = Options(files, pose, pose_model, box, detector, out, format, pictures, frames, html, note)
         console.print(run(options, load_pipeline, console), markup=False, highlight=False, soft_wrap=True)
-
-
-def _say_that_it_is_a_demonstration(console: Console) -> None:
-    console.print(
-        "This is a demonstration model, trained on synthetic scenes only: "
-        "do not expect it to be accurate on photographs.",
-        soft_wrap=True,
-    )
 
 
 def _check_folder(out: Path) -> None:

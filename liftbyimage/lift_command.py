@@ -29,7 +29,7 @@ from liftbyimage.pose_model import find_poses, load_detector, load_pose_model
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command as they were written."""
+    """The options of the command as they were written, and what a page says of the lifter."""
 
     files: list[Path]
     pose: Path | None
@@ -41,6 +41,7 @@ class Options:
     pictures: bool
     frames: str | None
     html: bool
+    note: str
 
 
 def run(options: Options, load_pipeline: Callable[[], Pipeline], console: Console) -> str:
@@ -113,7 +114,7 @@ def _write_page(options: Options, pipeline: Pipeline, results: Sequence[LiftedIm
     from liftbyimage import viewer  # matplotlib, which a run without the page need not load
 
     path = options.out / viewer.FILE
-    viewer.write_viewer(path, pipeline, viewer.people_of(results, pipeline), "Lifted people")
+    viewer.write_viewer(path, pipeline, viewer.people_of(results, pipeline), "Lifted people", options.note)
     return f" {path} shows them in a browser."
 
 

@@ -531,6 +531,12 @@ def test_lift_writes_the_page_where_asked(photo, tmp_path: Path) -> None:
         shown.assert_alone()
 
 
+def test_the_page_says_that_the_default_model_is_a_demonstration(photo, tmp_path: Path) -> None:
+    image, pose = photo
+    assert _run("lift", image, "--pose", pose, "--no-pictures", "--out", tmp_path / "out", "--html").exit_code == 0
+    assert f'<p class="faint">{cli.DEMONSTRATION}</p>' in (tmp_path / "out" / "viewer.html").read_text("utf-8")
+
+
 def test_commands_refuse_what_no_page_shows(photo, tmp_path: Path) -> None:
     image, pose = photo
     video = write_video(tmp_path / "clip.avi", [(40, 30)])
