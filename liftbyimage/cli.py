@@ -351,7 +351,7 @@ def lift_all(
         source = open_source(data)
         lifter = BatchLifter(_checkpoint_file(checkpoint), encoder_weights, device, precision, flip_test)
         if checkpoint == Path("demo"):
-            _say_that_it_is_a_demonstration(console)
+            console.print(DEMONSTRATION, soft_wrap=True)
         with _progress(console, "Lifting") as advance:
             lifted = lift_records(
                 source,
