@@ -183,7 +183,8 @@ function showLooking() {
 
 function withoutJoint() {
   if (!hasPatches) return "Choose a joint: hover over it, tap it or use the keyboard.";
-  const what = state.map === DATA.importance ? "the importance, which decides what is kept" : `layer ${DATA.maps[state.map]}`;
+  const isImportance = state.map === DATA.importance;
+  const what = isImportance ? "the importance, which decides what is kept" : `layer ${DATA.maps[state.map]}`;
   return `Mean over all joints: ${what}. Hover over a joint, or tap it, to see where it looks.`;
 }
 
@@ -204,7 +205,8 @@ function drawPlaces() {
   figure.places ??= make(look, "g", { class: "places" });
   figure.places.replaceChildren();
   for (const [level, x, y, weight] of shownPlaces()) {
-    make(figure.places, "circle", { class: `place level-${level % 4}`, cx: x + 0.5, cy: y + 0.5, r: 4 * Math.sqrt(weight) });
+    const circle = { cx: x + 0.5, cy: y + 0.5, r: 4 * Math.sqrt(weight) };
+    make(figure.places, "circle", { class: `place level-${level % 4}`, ...circle });
   }
 }
 
@@ -311,7 +313,8 @@ function drawTrend() {
     make(svg, "text", { x: middle, y: bar.y - 4, "text-anchor": "middle" }, (1000 * value).toFixed(0) + " mm");
   });
   for (const stop of [0, DATA.trained, values.length - 1]) {
-    make(svg, "text", { class: "faint", x: left + (stop + 0.5) * step, y: height - 3, "text-anchor": "middle" }, percent(stop));
+    const at = { x: left + (stop + 0.5) * step, y: height - 3 };
+    make(svg, "text", { class: "faint", "text-anchor": "middle", ...at }, percent(stop));
   }
 }
 
@@ -331,7 +334,8 @@ function buildSpace() {
   });
   for (const pose of ["truth", "refined", "coarse"]) {
     const group = make(space, "g", { class: pose });
-    scene[pose] = { group, bones: DATA.bones.map(([, child]) => make(group, "line", { class: `bone ${side(child)}` })) };
+    const bones = DATA.bones.map(([, child]) => make(group, "line", { class: `bone ${side(child)}` }));
+    scene[pose] = { group, bones };
   }
   scene.refined.joints = names.map((_, index) => {
     const group = make(scene.refined.group, "g", { class: `joint ${side(index)}` });
@@ -404,7 +408,7 @@ function drawSpace() {
   const project = projection();
   drawFloor(project);
   drawAxes();
-  for (const [name, pose] of Object.entries(posesOf(person()))) drawPose(scene[name], pose?.map(upright), project, name);
+  for (const [name, pose] of Object.entries(posesOf(person()))) drawPose(name, pose, project);
   showName();
 }
 
@@ -428,11 +432,12 @@ function drawAxes() {
   });
 }
 
-function drawPose(drawn, pose, project, name) {
+function drawPose(name, pose, project) {
+  const drawn = scene[name];
   const visible = Boolean(pose) && state.shown[name];
   drawn.group.style.display = visible ? "" : "none";
   if (!visible) return;
-  const at = pose.map(project);
+  const at = pose.map(upright).map(project);
   DATA.bones.forEach(([parent, child], bone) => place(drawn.bones[bone], at[parent], at[child]));
   if (!drawn.joints) return;
   // What is nearer is drawn later.
@@ -498,7 +503,8 @@ function listenToSpace() {
   }, { passive: false });
   space.addEventListener("keydown", (event) => {
     const keys = {
-      ArrowLeft: () => turn(10, 0), ArrowRight: () => turn(-10, 0), ArrowUp: () => turn(0, -10), ArrowDown: () => turn(0, 10),
+      ArrowLeft: () => turn(10, 0), ArrowRight: () => turn(-10, 0),
+      ArrowUp: () => turn(0, -10), ArrowDown: () => turn(0, 10),
       "+": () => zoom(1.2), "=": () => zoom(1.2), "-": () => zoom(1 / 1.2), 0: () => see(HOME),
     };
     if (!(event.key in keys) || event.ctrlKey || event.metaKey) return;
@@ -561,9 +567,9 @@ function showErrors() {
 function showShift(report) {
   if (!hasPatches) return;
   const { refined, coarse } = person();
-  const [now, trained] = [refined[state.stop], refined[DATA.trained]];
-  const from = state.stop === DATA.trained ? "" : `, ${millimetres(meanDistance(now, trained))} from the one as trained`;
-  make(report, "p", {}, `The refined pose lies ${millimetres(meanDistance(now, coarse))} from the coarse one${from} (mean over joints).`);
+  const away = (pose) => millimetres(meanDistance(refined[state.stop], pose));
+  const more = state.stop === DATA.trained ? "" : `, ${away(refined[DATA.trained])} from the one as trained`;
+  make(report, "p", {}, `The refined pose lies ${away(coarse)} from the coarse one${more} (mean over joints).`);
 }
 
 // --- persons ----------------------------------------------------------------------------------------------------
@@ -604,8 +610,8 @@ function buildPatches() {
     showErrors();
   });
   const step = Math.max(...DATA.people.flatMap((of) => of.attention.map((map) => map.step)));
-  byId("exactness").textContent =
-    `Values are stored to within ${(100 * (Math.sqrt(step) - 1)).toFixed(1)} %; below ${DATA.faintest}× they read as ${DATA.faintest}×.`;
+  const within = `Values are stored to within ${(100 * (Math.sqrt(step) - 1)).toFixed(1)} %`;
+  byId("exactness").textContent = `${within}; below ${DATA.faintest}× they read as ${DATA.faintest}×.`;
   paintScale();
 }
 
