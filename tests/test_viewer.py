@@ -338,6 +338,20 @@ def test_the_skeleton_turns_and_zooms(shown) -> None:
     assert page.evaluate("state.view.zoom") == 1.2
 
 
+def test_a_click_in_the_view_holds_a_joint_but_a_drag_does_not(shown) -> None:
+    page = shown.page
+    dot = page.locator("#space .joint").nth(WRIST).locator(".dot").bounding_box()
+    x, y = dot["x"] + dot["width"] / 2, dot["y"] + dot["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 40, y)
+    page.mouse.move(x, y)
+    page.mouse.up()
+    assert page.evaluate("[state.held, state.view.yaw]") == [None, pytest.approx(28)]
+    page.mouse.click(x, y)
+    assert page.evaluate("state.held") == WRIST
+
+
 def test_the_view_answers_the_keyboard(shown) -> None:
     home = _skeleton(shown)
     shown.page.focus("#space")
