@@ -73,13 +73,16 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo-output"),
     people: Annotated[int, typer.Option(min=1, help="How many people to draw; errors are over at least 256.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Which people.")] = 0,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also write viewer.html: hover over joints, turn the pose.")
+    ] = False,
 ) -> None:
     """Render unseen synthetic people, lift them, and say how well and how fast."""
     with _mistakes_in_one_sentence():
         _check_folder(out)
         from liftbyimage.demo import run_demo
 
-        run_demo(out, people, seed, Console())
+        run_demo(out, people, seed, Console(), html)
 
 
 @app.command()
@@ -116,6 +119,9 @@ def lift(
     frames: Annotated[
         str | None, typer.Option(metavar="A:B", help="Only frames A to B - 1 of the video, from 0.")
     ] = None,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also write viewer.html: hover over joints, turn the pose; not of a video.")
+    ] = False,
 ) -> None:
     """Lift the person in each picture, or in every frame of a video, to 3D."""
     console = Console()
@@ -126,15 +132,12 @@ def lift(
         def load_pipeline() -> Pipeline:
             pipeline = _load_pipeline(checkpoint, encoder_weights, model)
             if checkpoint is None:
-                _say_that_it_is_a_demonstration(console)
+                console.print(DEMONSTRATION, soft_wrap=True)
             return pipeline
 
-        options = Options(files, pose, pose_model, box, detector, out, format, pictures, frames)
+        note = DEMONSTRATION if checkpoint is None else ""
+        options = Options(files, pose, pose_model, box, detector, out, format, pictures, frames, html, note)
         console.print(run(options, load_pipeline, console), markup=False, highlight=False, soft_wrap=True)
-
-
-def _say_that_it_is_a_demonstration(console: Console) -> None:
-    console.print(DEMONSTRATION, soft_wrap=True)
 
 
 def _check_folder(out: Path) -> None:
@@ -365,7 +368,7 @@ def lift_all(
         source = open_source(data)
         lifter = BatchLifter(_checkpoint_file(checkpoint), encoder_weights, device, precision, flip_test)
         if checkpoint == Path("demo"):
-            _say_that_it_is_a_demonstration(console)
+            console.print(DEMONSTRATION, soft_wrap=True)
         with _progress(console, "Lifting") as advance:
             lifted = lift_records(
                 source,
@@ -426,7 +429,7 @@ def live(
         def load_pipeline() -> Pipeline:
             pipeline = _load_pipeline(checkpoint, encoder_weights, None)
             if checkpoint is None:
-                _say_that_it_is_a_demonstration(notes)
+                notes.print(DEMONSTRATION, soft_wrap=True)
             return pipeline
 
         looks = (pose_model, box, detector)

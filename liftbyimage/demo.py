@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from liftbyimage import viewer
 from liftbyimage._files import DEMO_CHECKPOINT
 from liftbyimage.checkpoint import load_pipeline, load_state, read_checkpoint
 from liftbyimage.data.crop import denormalise_keypoints, normalise_image
@@ -29,18 +30,24 @@ MEASURED_PEOPLE = 256
 TIMED_BATCH = 8
 
 
-def run_demo(out: Path, people: int, seed: int, console: Console) -> dict[str, Any]:
+def run_demo(out: Path, people: int, seed: int, console: Console, html: bool = False) -> dict[str, Any]:
     """Lift unseen synthetic people with the packaged checkpoint, print errors and speed, write one picture each.
 
     Args:
         out: folder for `person-1.png` …; made if missing.
         people: how many people are drawn; errors are averaged over at least 256.
         seed: which people; no seed gives scenes of the training set.
+        html: whether the people who are drawn, at most 100, also get a page, `viewer.html`.
 
     Returns:
-        "mpjpe_mm" (coarse, refined, pose_only), "backends" (op → name), "speedup" (what → ratio) and "pictures"
-        (paths).
+        "mpjpe_mm" (coarse, refined, pose_only), "backends" (op → name), "speedup" (what → ratio), "pictures" (paths)
+        and "page" (its path, or None).
+
+    Raises:
+        ValueError: more people than a page takes.
     """
+    if html:
+        viewer.check_people("--html", people)
     pipeline, pose_only = load_demo_models(DEMO_CHECKPOINT)
     count = max(people, MEASURED_PEOPLE)
     console.print(f"Rendering {count} synthetic people the model has never seen …")
@@ -48,9 +55,12 @@ def run_demo(out: Path, people: int, seed: int, console: Console) -> dict[str, A
     errors = evaluate(pipeline, pose_only, scenes)
     backends, speedup = _measure(pipeline, scenes)
     pictures = _draw(pipeline, scenes, people, out)
+    page = write_demo_page(pipeline, scenes, people, out) if html else None
     _print(console, count, errors, backends, speedup)
     console.print(f"{len(pictures)} pictures are in {out}/", markup=False, soft_wrap=True)
-    return {"mpjpe_mm": errors, "backends": backends, "speedup": speedup, "pictures": pictures}
+    if page is not None:
+        console.print(f"Open {page} in a browser to see where each joint looks.", markup=False, soft_wrap=True)
+    return {"mpjpe_mm": errors, "backends": backends, "speedup": speedup, "pictures": pictures, "page": page}
 
 
 def load_demo_models(path: Path) -> tuple[Pipeline, PoseOnlyLifter]:
@@ -138,6 +148,25 @@ def _draw(pipeline: Pipeline, scenes: TrainingScenes, people: int, out: Path) ->
         pictures.append(out / f"person-{person + 1}.png")
         save_figure(figure, pictures[-1])
     return pictures
+
+
+def write_demo_page(pipeline: Pipeline, scenes: TrainingScenes, people: int, out: Path) -> Path:
+    """A page of the first `people` scenes in the folder `out`; its path."""
+    size = tuple(scenes.image.shape[1:3])
+    shown = [
+        viewer.Person(
+            f"Unseen synthetic person {person + 1}",
+            scenes.image[person].numpy(),
+            denormalise_keypoints(scenes.pose_2d[person], size).numpy(),
+            (scenes.pose_2d[person],),
+            scenes.pose_3d[person].numpy(),
+        )
+        for person in range(people)
+    ]
+    path = out / viewer.FILE
+    note = "The demonstration model was trained on such scenes, but never saw these people."
+    viewer.write_viewer(path, pipeline, shown, "Lifting by Image: unseen synthetic people", note)
+    return path
 
 
 def _print(

@@ -50,6 +50,7 @@ class LiftedImage:
     importance: np.ndarray | None  # float32 [P], sums to 1
     index: np.ndarray | None  # int64 [K], the patches kept
     grid: tuple[int, int] | None  # (Hf, Wf), P = Hf·Wf
+    image_size: tuple[int, int]  # (width, height) of the image, px
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +197,10 @@ def _grid(pipeline: Pipeline) -> tuple[int, int] | None:
 
 def _lifted_image(path: Path, crop: PersonCrop, lifted: LiftedCrops, grid: tuple[int, int] | None) -> LiftedImage:
     keypoints = apply_affine(crop.matrix, crop.pose.keypoints)
-    return LiftedImage(path, crop.pose.keypoints, crop.pose.box, crop.pixels, crop.matrix, keypoints, *lifted, grid)
+    pose = crop.pose
+    return LiftedImage(
+        path, pose.keypoints, pose.box, crop.pixels, crop.matrix, keypoints, *lifted, grid, crop.image_size
+    )
 
 
 def write_results(

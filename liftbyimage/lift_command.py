@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rich.progress import track
 
 from liftbyimage._files import require_file
 from liftbyimage.data.pose_file import read_pose_file
-from liftbyimage.lift import FORMATS, lift_images, results_name, write_results
+from liftbyimage.lift import FORMATS, LiftedImage, lift_images, results_name, write_results
 from liftbyimage.lift_video import (
     Video,
     VideoResults,
@@ -29,7 +29,7 @@ from liftbyimage.pose_model import find_poses, load_detector, load_pose_model
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command as they were written."""
+    """The options of the command as they were written, and what a page says of the lifter."""
 
     files: list[Path]
     pose: Path | None
@@ -40,6 +40,8 @@ class Options:
     format: str
     pictures: bool
     frames: str | None
+    html: bool
+    note: str
 
 
 def run(options: Options, load_pipeline: Callable[[], Pipeline], console: Console) -> str:
@@ -74,6 +76,12 @@ def _check(options: Options, video: bool) -> None:
                 raise ValueError(f"{name} says where a pose model looks: it needs --pose-model")
     if options.frames is not None and not video:
         raise ValueError("--frames chooses frames of a video, got pictures")
+    if options.html:
+        if video:
+            raise ValueError("--html shows people of pictures, got a video")
+        from liftbyimage.viewer import check_people
+
+        check_people("--html", len(options.files))
     written = options.out / results_name(options.format)
     if options.pose is not None and written.resolve() == options.pose.resolve():
         raise ValueError(f"--out {options.out} would overwrite the pose file {options.pose}: choose another folder")
@@ -92,8 +100,20 @@ def _run_pictures(options: Options, load_pipeline: Callable[[], Pipeline]) -> st
         poses = find_poses(pose_model, images, **where)
     results = lift_images(pipeline, images, poses)
     written = write_results(results, options.out, options.pictures, options.format)
+    page = _write_page(options, pipeline, results)
     people = "1 person" if len(results) == 1 else f"{len(results)} people"
-    return f"Lifted {people}: {written}{' and a picture of each beside it' if options.pictures else ''}."
+    return f"Lifted {people}: {written}{' and a picture of each beside it' if options.pictures else ''}.{page}"
+
+
+def _write_page(options: Options, pipeline: Pipeline, results: Sequence[LiftedImage]) -> str:
+    """Write the page if it is asked for, and say so."""
+    if not options.html:
+        return ""
+    from liftbyimage import viewer  # matplotlib, which a run without the page need not load
+
+    path = options.out / viewer.FILE
+    viewer.write_viewer(path, pipeline, viewer.people_of(results, pipeline), "Lifted people", options.note)
+    return f" {path} shows them in a browser."
 
 
 def _run_video(options: Options, path: Path, load_pipeline: Callable[[], Pipeline], console: Console) -> str:

@@ -183,8 +183,9 @@ def test_demo_and_train_demo_pass_their_options_on(tmp_path: Path, monkeypatch: 
     out, file = tmp_path / "pictures", tmp_path / "new.pt"
     assert _run("demo", "--out", out, "--people", 3, "--seed", 7).exit_code == 0
     assert _run("train-demo", "--out", file, "--seed", 8).exit_code == 0
-    assert [call[:-1] for call in calls] == [(out, 3, 7), (file, 8)]
-    assert all(isinstance(call[-1], Console) for call in calls)
+    assert _run("demo", "--out", out, "--html").exit_code == 0
+    shown = [tuple("console" if isinstance(one, Console) else one for one in call) for call in calls]
+    assert shown == [(out, 3, 7, "console", False), (file, 8, "console"), (out, 6, 0, "console", True)]
     (tmp_path / "taken").write_text("")
     _refused(f"--out {tmp_path / 'taken'}: expected a folder, got a file", "demo", "--out", tmp_path / "taken")
     _refused(f"--out {tmp_path}: expected a file, got a folder", "train-demo", "--out", tmp_path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liftbyimage import checkpoint, models
@@ -105,6 +106,36 @@ def test_composed_of_smaller_ops_where_no_kernel_fuses(training, monkeypatch):
         assert_equal_to(expected, outputs_and_gradients(lifter.train(training), arguments, seed=2), 1e-9)
     assert len(ran["tokens"]) == 2 * SMALL.depth
     assert len(ran["context"]) == SMALL.depth + 1
+
+
+def test_context_places_are_where_the_plain_lifter_reads(monkeypatch):
+    lifter, reference = (module.eval() for module in twins(SMALL, torch.float64))
+    arguments = inputs(SMALL, 3, torch.float64)
+    expected, read = [], F.grid_sample
+
+    def reading(feature_map, grid, **options):
+        if options.get("padding_mode") == "border":  # a context block's
+            expected.append(grid)
+        return read(feature_map, grid, **options)
+
+    shares = []
+    for block in reference.context_blocks:
+        block.attention_weights.register_forward_hook(lambda module, given, out: shares.append(out))
+    with torch.no_grad():
+        actual = lifter.context_places(*arguments)
+        monkeypatch.setattr(F, "grid_sample", reading)
+        reference(*arguments)
+    shape = (3, 2, 17, SMALL.context_heads, SMALL.samples)
+    assert [tuple(weights.shape) for _, weights in actual] == [shape] * SMALL.depth
+    for block, (places, weights) in enumerate(actual):
+        of_block = torch.stack(expected[2 * block : 2 * block + 2], dim=1)  # [B, L, J, H · S, 2]
+        torch.testing.assert_close(places.flatten(3, 4), of_block, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(weights, shares[block].view(shape).softmax(dim=-1), rtol=1e-9, atol=1e-12)
+
+
+def test_no_context_blocks_have_no_context_places():
+    lifter, _ = twins(NO_CONTEXT, torch.float32)
+    assert lifter.context_places(*inputs(NO_CONTEXT, 1, torch.float32)) == []
 
 
 def test_bfloat16_is_near_single_precision():

@@ -1,6 +1,8 @@
 """The demonstration with the packaged checkpoint: errors, backends, pictures."""
 
 import io
+import json
+import re
 
 import cv2
 import pytest
@@ -20,7 +22,7 @@ def run(tmp_path_factory):
     text = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "MEASURED_PEOPLE", 64)
-        result = demo.run_demo(out, people=2, seed=0, console=Console(file=text, width=100))
+        result = demo.run_demo(out, people=2, seed=0, console=Console(file=text, width=100), html=True)
     return result, text.getvalue()
 
 
@@ -45,6 +47,26 @@ def test_writes_one_picture_per_person(run):
     images = [cv2.imread(str(picture)) for picture in pictures]
     assert all(image.shape[0] > 300 and image.shape[1] > 900 for image in images)
     assert (images[0] != images[1]).any()
+
+
+def test_writes_a_page_of_the_people_drawn(run):
+    result, text = run
+    page = result["page"]
+    assert page == result["pictures"][0].parent / "viewer.html"
+    assert f"Open {page} in a browser" in text
+    embedded = re.search('<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.S)
+    people = json.loads(embedded[1])["people"]
+    assert [person["title"] for person in people] == ["Unseen synthetic person 1", "Unseen synthetic person 2"]
+    assert all(person["truth"] is not None for person in people)
+
+
+def test_no_page_unless_asked_for(tmp_path, monkeypatch):
+    for name, value in (("evaluate", {}), ("_measure", ({}, {})), ("_draw", []), ("_print", None)):
+        monkeypatch.setattr(demo, name, lambda *args, value=value: value)
+    monkeypatch.setattr(demo, "MEASURED_PEOPLE", 1)
+    result = demo.run_demo(tmp_path, people=1, seed=0, console=Console(file=io.StringIO()))
+    assert result["page"] is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_packaged_checkpoint_is_small_and_says_how_it_was_trained():

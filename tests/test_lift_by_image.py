@@ -62,6 +62,52 @@ def test_equals_the_plain_lifter_with_gradients(change, training):
         torch.testing.assert_close(results[1][name], expected, rtol=1e-7, atol=1e-9, msg=name)
 
 
+def reference_attention(reference, features, pose_2d):
+    """[B, H, J, P] per layer of stage 1, as the plain lifter's own layers attend."""
+    maps = []
+
+    def keep(module, name):
+        attend = getattr(module, name)
+
+        def attending(joints, memory):
+            query, key, _ = module.project(joints, memory)
+            maps.append(torch.softmax(query @ key.transpose(2, 3) / query.shape[3] ** 0.5, dim=3))
+            return attend(joints, memory)
+
+        setattr(module, name, attending)
+
+    for layer in reference.stage1:
+        keep(layer.patch_attention, "attend")
+        keep(layer.patch_attention, "attend_with_weights")
+    reference(features, pose_2d)
+    return maps
+
+
+@pytest.mark.parametrize("formulation", ["auto", "projected", "absorbed", "factored"])
+@pytest.mark.parametrize("layer", [1, 0, 2, None])
+def test_attention_maps_are_those_of_the_plain_lifter(layer, formulation):
+    config = LiftByImageConfig(**{**SMALL.to_dict(), "pose_guided_layer": layer})
+    twin, reference = twins(config)
+    lifter = LiftByImage(config, formulation).double().eval()
+    lifter.load_state_dict(twin.state_dict())
+    lifter.positions = twin.positions
+    features, pose_2d = inputs(config)
+    with torch.no_grad():
+        maps = lifter.attention_maps(features, pose_2d)
+        expected = reference_attention(reference.eval(), features, pose_2d)
+        lifted = lifter(features, pose_2d)
+    assert [tuple(one.shape) for one in maps] == [(3, 4, 17, 48)] * 3
+    torch.testing.assert_close(maps, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(maps[-1].mean((1, 2)), lifted.importance, rtol=1e-9, atol=1e-12)
+
+
+def test_attention_maps_refuse_what_forward_refuses():
+    lifter, _ = twins()
+    features, pose_2d = inputs()
+    with pytest.raises(ValueError, match=r"^LiftByImage: pose_2d must have shape \[3, 17, 2\], got \[2, 17, 2\]$"):
+        lifter.attention_maps(features, pose_2d[:2])
+
+
 def test_no_gradient_from_stage_2_into_stage_1():
     lifter, _ = twins()
     features, pose_2d = inputs()

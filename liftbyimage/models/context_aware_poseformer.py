@@ -136,10 +136,7 @@ class ContextAwarePoseFormer(nn.Module):
         Returns:
             [B, J, 3] metres, camera axes (x right, y down, z forward), relative to the root as far as it was learned.
         """
-        self._check(feature_maps, pose_2d, pose_crop)
-        feature_maps = [x.contiguous(memory_format=torch.channels_last) for x in feature_maps]
-        levels = self.embed_levels(feature_maps, pose_crop)  # [B, L, J, D]
-        pose = self.coord_embed(pose_2d) + self.Spatial_pos_embed[:, 0]  # [B, J, D]
+        feature_maps, levels, pose = self._start(feature_maps, pose_2d, pose_crop)
         for block in self.context_blocks:
             levels = block(levels, pose, pose_crop, feature_maps)
         tokens = torch.stack([pose, *levels.unbind(dim=1)], dim=2)  # [B, J, 1 + L, D]
@@ -151,6 +148,36 @@ class ContextAwarePoseFormer(nn.Module):
         for block in self.joint_blocks:
             tokens = block(tokens)
         return self.head(tokens)
+
+    def context_places(
+        self, feature_maps: Sequence[Tensor], pose_2d: Tensor, pose_crop: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Where each joint reads each level's map in every context block (arguments as `forward`).
+
+        Returns:
+            Per block the places [B, L, J, H, S, 2], in the units of pose_crop, and the weights [B, L, J, H, S] with
+            which what is read there is summed, 1 over the S samples. A place outside the crop reads its border. No
+            blocks: an empty list.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        feature_maps, levels, pose = self._start(feature_maps, pose_2d, pose_crop)
+        places = []
+        for block in self.context_blocks:
+            offsets, weights = block.aim(levels, pose)
+            places.append((pose_crop[:, None, :, None, None] + offsets, weights))
+            levels = block(levels, pose, pose_crop, feature_maps)
+        return places
+
+    def _start(
+        self, feature_maps: Sequence[Tensor], pose_2d: Tensor, pose_crop: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """What the context blocks start from: maps, levels [B, L, J, D] and the pose [B, J, D]."""
+        self._check(feature_maps, pose_2d, pose_crop)
+        feature_maps = [x.contiguous(memory_format=torch.channels_last) for x in feature_maps]
+        levels = self.embed_levels(feature_maps, pose_crop)
+        return feature_maps, levels, self.coord_embed(pose_2d) + self.Spatial_pos_embed[:, 0]
 
     def embed_levels(self, feature_maps: Sequence[Tensor], pose_crop: Tensor) -> Tensor:
         """Each level's map at the joints, embedded: [B, L, J, D]."""

@@ -90,6 +90,15 @@ def position_channels(grid: tuple[int, int]) -> Tensor:
     return torch.cat(channels, dim=1)
 
 
+def _through(
+    layer: nn.Module, joints: Tensor, patches: Tensor | FactoredPatches
+) -> tuple[Tensor, Tensor | FactoredPatches]:
+    """Joints and patches after a layer of stage 1; only a pose-guided one changes patches."""
+    if isinstance(layer, PoseGuidedLayer):
+        return layer(joints, patches)
+    return layer(joints, patches), patches
+
+
 class LiftByImage(nn.Module):
     """The two-stage lifter: encoder features and a 2D pose in, a coarse and a refined 3D pose out.
 
@@ -155,18 +164,35 @@ class LiftByImage(nn.Module):
 
     def broad_query(self, features: Tensor, pose_2d: Tensor) -> tuple[Tensor, Tensor | FactoredPatches, Tensor]:
         """Stage 1: joints [B, J, D], pose-guided patches [B, P, D], importance [B, P]."""
-        patches: Tensor | FactoredPatches = self.embed_patches(features)
-        joints = self.pose_embed(pose_2d) + self.joint_embedding
+        joints, patches = self._tokens(features, pose_2d)
         *before, last = self.stage1
         for layer in before:
-            if isinstance(layer, PoseGuidedLayer):
-                joints, patches = layer(joints, patches)
-            else:
-                joints = layer(joints, patches)
+            joints, patches = _through(layer, joints, patches)
         if isinstance(last, PoseGuidedLayer):
             return last(joints, patches, need_importance=True)
         joints, importance = last(joints, patches, need_importance=True)
         return joints, patches, importance
+
+    def attention_maps(self, features: Tensor, pose_2d: Tensor) -> list[Tensor]:
+        """Where each joint looks in the image, in every layer of stage 1 (arguments as `forward`).
+
+        Each layer's attention is computed once more for it, so that `forward` need not keep it.
+
+        Returns:
+            One [B, H, J, P] per layer, in the model's dtype: each head's softmax over the P = Hf·Wf patches, row major.
+            In evaluation mode the last one's mean over heads and joints is `LiftedPose.importance`.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        self._check(features, pose_2d)
+        joints, patches = self._tokens(features, pose_2d)
+        *before, last = self.stage1
+        maps = []
+        for layer in before:
+            maps.append(layer.attention_map(joints, patches))
+            joints, patches = _through(layer, joints, patches)
+        return [*maps, last.attention_map(joints, patches)]
 
     def explore(self, joints: Tensor, kept: Tensor | FactoredPatches) -> Tensor:
         """Stage 2 over the kept patches [B, K, D]: the refined pose [B, J, 3]."""
@@ -175,6 +201,10 @@ class LiftByImage(nn.Module):
         for layer in self.stage2:
             joints = layer(joints, kept)
         return root_relative(self.refined_head(joints))
+
+    def _tokens(self, features: Tensor, pose_2d: Tensor) -> tuple[Tensor, Tensor | FactoredPatches]:
+        """What stage 1 starts from: joints [B, J, D] and patches [B, P, D]."""
+        return self.pose_embed(pose_2d) + self.joint_embedding, self.embed_patches(features)
 
     def embed_patches(self, features: Tensor) -> Tensor | FactoredPatches:
         """Image tokens [B, P, D] = linear([batch-norm(features) | position channels]); factored unless formed ones

@@ -73,6 +73,16 @@ class ContextBlock(nn.Module):
         tokens = levels.flatten(1, 2)  # [B, L · J, D]
         return feed_forward(tokens, self.norm2, self.mlp, draw_branch_scale(tokens, drop_path)).view_as(levels)
 
+    def aim(self, levels: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each head reads about its joint, offsets [B, L, J, H, S, 2], and with what weights, [B, L, J, H, S].
+
+        Offsets are in the units of `forward`'s reference; weights sum to 1 over the S samples.
+        """
+        asking = self.norm1(levels + pose[:, None])
+        places = (self.heads, self.samples)
+        weights = self.attention_weights(asking).unflatten(3, places).softmax(dim=4)
+        return self.sampling_offsets(asking).unflatten(3, (*places, 2)).tanh(), weights
+
     def _read(
         self,
         levels: Tensor,
@@ -81,10 +91,7 @@ class ContextBlock(nn.Module):
         feature_maps: Sequence[Tensor],
         branch_scale: Tensor | None,
     ) -> Tensor:
-        asking = self.norm1(levels + pose[:, None])
-        places = (self.heads, self.samples)
-        weights = self.attention_weights(asking).unflatten(3, places).softmax(dim=4)  # [B, L, J, H, S]
-        offsets = self.sampling_offsets(asking).unflatten(3, (*places, 2)).tanh()  # [B, L, J, H, S, 2]
+        offsets, weights = self.aim(levels, pose)
         contexts = sample_context(feature_maps, reference, offsets, weights)
         gathered = [embed(context).flatten(2) for embed, context in zip(self.embed_proj, contexts, strict=True)]
         return add_branch(levels, torch.stack(gathered, dim=1), branch_scale)

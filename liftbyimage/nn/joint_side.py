@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from liftbyimage.nn.attention import FeedForward, JointAttention, PatchAttention
 from liftbyimage.nn.factored_patches import FactoredPatches
 from liftbyimage.nn.formulation import AttentionSize, Formulation, check_formulation
-from liftbyimage.ops import joint_queries, update_joints
+from liftbyimage.ops import attend_patches, joint_queries, update_joints
 from liftbyimage.ops._checks import check_dtype
 from liftbyimage.ops._dispatch import autocast, has_kernel
 from liftbyimage.ops.joint_queries import BACKENDS
@@ -47,6 +47,25 @@ class JointSide(nn.Module):
         if isinstance(patches, FactoredPatches) and formulation != "factored":
             return patches.dense(), formulation
         return patches, formulation
+
+    def attention_map(self, joints: Tensor, patches: Tensor | FactoredPatches) -> Tensor:
+        """Where `forward` has joints [B, J, D] look in patches [B, P, D]: softmax(Q Kᵀ / √d), [B, H, J, P].
+
+        Computed anew: `forward` never keeps it. In training mode with dropout it is that of another draw.
+        """
+        self.check_tokens(joints, patches)
+        memory = self.patch_attention.memory(*self.choose(joints, patches))
+        _, query = self.ask(joints, memory.fold)
+        attended = attend_patches(
+            memory.rows(query),
+            memory.key,
+            memory.value,
+            scale=self.patch_attention.scale,
+            need_attention=True,
+            need_importance=False,
+        )
+        assert attended.attention is not None
+        return attended.attention
 
     def ask(self, joints: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
         """joints [B, J, D] after self-attention, and their query rows [B, H, J, N]."""
