@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from liftbyimage import __version__
-from liftbyimage._files import DEMO_CHECKPOINT
+from liftbyimage._files import DEMO_CHECKPOINT, require_place
 
 if TYPE_CHECKING:
     from liftbyimage.models import Pipeline
@@ -246,6 +246,7 @@ def _say_that_it_is_a_demonstration(console: Console) -> None:
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: expected a folder, got a file")
+    require_place(f"--out {out}", out)
 
 
 def _load_pipeline(checkpoint: Path | None, encoder_weights: Path | None, model: str | None) -> Pipeline:
@@ -470,6 +471,7 @@ def lift_all(
         from liftbyimage.data.source import open_source
         from liftbyimage.lift_all import BatchLifter
         from liftbyimage.lift_all import lift_all as lift_records
+        from liftbyimage.predict import chosen_device
 
         source = open_source(data)
         lifter = BatchLifter(_checkpoint_file(checkpoint), encoder_weights, device, precision, flip_test)
@@ -496,6 +498,7 @@ def lift_all(
             records=len(source),
             shards={"lifted": lifted.done, "present": lifted.present, "others": lifted.others},
             problems=lifted.problems,
+            device=str(chosen_device("lift_all", device)),
             checkpoint=_checkpoint_file(checkpoint),
             precision=precision,
             flip_test=flip_test,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from liftbyimage._files import sha256_of, write_atomically
+from liftbyimage._files import require_place, sha256_of, write_atomically
 from liftbyimage.checkpoint import load_pipeline
 from liftbyimage.data.source import open_source
 from liftbyimage.evaluate import LENGTHS, measure, summarise
@@ -52,6 +52,8 @@ def run(
     """
     if json_file is not None and json_file.is_dir():  # said before hours of work
         raise ValueError(f"--json {json_file}: expected a file, got a folder")
+    if json_file is not None:
+        require_place(f"--json {json_file}", json_file.parent)
     pipeline = load_pipeline(checkpoint, encoder_weights)
     source = open_source(data)
     indices = spread(len(source), limit)

@@ -1,6 +1,6 @@
 """What is shipped: a source archive that builds, and a wheel that holds the package alone and works anywhere.
 
-Without a compiler here, in seconds; `make package` runs the same tests with one and keeps the files (`--packages-into`).
+Without a compiler here, in seconds; `make package` runs the same tests with one, and keeps the files.
 """
 
 from __future__ import annotations
