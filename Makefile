@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test check bench gpu train-demo clean
+.PHONY: setup demo test check bench package gpu train-demo clean
 
 setup: $(VENV)/.built
 
@@ -25,6 +25,13 @@ check: setup
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
 
+# The source archive and a wheel from it, in build/packages, tried in an environment that knows nothing of this folder.
+# LIFTBYIMAGE_MARCH=x86-64-v3 makes a wheel for other machines than this one.
+package: setup
+	rm -rf build/packages
+	$(BIN)/python -m pytest tests/test_packaging.py --packages-into build/packages
+	@ls -l build/packages
+
 train-demo: setup
 	$(BIN)/liftbyimage train-demo
 
@@ -34,7 +41,8 @@ gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest tests --require-gpu
 	$(PYTHON) -m pytest bench --benchmark-only --benchmark-json=gpu-results.json
-	$(PYTHON) -m liftbyimage bench-report gpu-results.json
+	$(PYTHON) -m liftbyimage bench-report --summary gpu-results.json
+	$(PYTHON) -m liftbyimage bench-report gpu-results.json --html gpu-results.html
 
 clean:
 	rm -rf $(VENV) build *.egg-info liftbyimage/*.so

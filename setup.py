@@ -1,7 +1,7 @@
 """Builds the native modules; everything else about the package is in pyproject.toml.
 
 Environment: MAX_JOBS (parallel compilers), CXX (the C++ compiler), LIFTBYIMAGE_MARCH (default `native`;
-`x86-64-v3` makes a portable build), CUDA_HOME (the CUDA toolkit; default: nvcc on PATH), TORCH_CUDA_ARCH_LIST
+`x86-64-v3` makes a build for other machines), CUDA_HOME (the CUDA toolkit; default: nvcc on PATH), TORCH_CUDA_ARCH_LIST
 (as for torch, numbers only; default: sm_80, sm_90a and PTX for later GPUs).
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+PROCESSOR = runpy.run_path(str(ROOT / "liftbyimage" / "_processor.py"))
 
 
 def cxx_compiler() -> str | None:
@@ -27,13 +30,29 @@ def cxx_compiler() -> str | None:
     return shutil.which(get_cxx_compiler())
 
 
-def vector_isa(compiler: str, march: str) -> str:
-    """The widest instruction set of `at::vec` that code compiled for `march` may use."""
+def target_march() -> str:
+    return os.environ.get("LIFTBYIMAGE_MARCH") or "native"
+
+
+def predefined_macros(compiler: str, march: str) -> set[str]:
+    """What the compiler defines when it compiles for `march`: one macro for every instruction set."""
     command = [compiler, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull]
-    macros = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def vector_isa(macros: set[str]) -> str:
+    """The widest instruction set of `at::vec` that the code may use."""
     if {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__FMA__"} <= macros:
         return "AVX512"
     return "AVX2" if {"__AVX2__", "__FMA__", "__F16C__"} <= macros else "DEFAULT"
+
+
+def needed_instructions(compiler: str, march: str) -> list[str]:
+    """What a processor must have to run the code; what an old Linux does not list here is not asked for here."""
+    macros = predefined_macros(compiler, march)
+    needed = [name for name in PROCESSOR["INSTRUCTIONS"] if f"__{name.upper()}__" in macros]
+    here = PROCESSOR["available"]() if march == "native" else None
+    return needed if here is None else [name for name in needed if name in here]
 
 
 def cpu_extensions() -> list:
@@ -44,16 +63,18 @@ def cpu_extensions() -> list:
         return []
     from torch.utils.cpp_extension import CppExtension
 
-    march = os.environ.get("LIFTBYIMAGE_MARCH", "native")
-    isa = vector_isa(compiler, march)
+    march = target_march()
+    isa = vector_isa(predefined_macros(compiler, march))
     sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     return [
         CppExtension(
             "liftbyimage._C",
             [str(source.relative_to(ROOT)) for source in sources],
-            # No -ffast-math: NaN and infinity must come through.
+            # No -ffast-math: NaN and infinity must come through. -g0: Python's own flags may ask for debug information,
+            # twenty times the code's size; function names stay, for profilers.
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 f"-march={march}",
                 "-fopenmp",
                 "-fvisibility=hidden",
@@ -63,7 +84,7 @@ def cpu_extensions() -> list:
                 f"-DCPU_CAPABILITY_{isa}",
                 f'-DLIFTBYIMAGE_MARCH="{march}"',
             ],
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-fopenmp", *(["-Wl,--strip-debug"] if sys.platform == "linux" else [])],
         )
     ]
 
@@ -132,10 +153,17 @@ def link_cuda_module(objects: list[Path], target: Path) -> None:
     subprocess.run([*command, f"-Xlinker={','.join(linker)}"], check=True)
 
 
-def with_cuda(build_extension: type) -> type:
-    """`build_extension` that compiles and links `liftbyimage._cuda` with nvcc alone."""
+def with_cuda_and_record(build_extension: type) -> type:
+    """`build_extension` that compiles and links `liftbyimage._cuda` with nvcc alone, and writes beside `liftbyimage._C`
+    which instructions it needs."""
 
-    class BuildWithCuda(build_extension):
+    class Build(build_extension):
+        def run(self) -> None:
+            super().run()
+            package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+            needed = needed_instructions(str(cxx_compiler()), target_march())
+            (package / "liftbyimage" / PROCESSOR["RECORD"]).write_text(" ".join(needed) + "\n", encoding="utf-8")
+
         def build_extension(self, extension: Extension) -> None:
             if extension.name != "liftbyimage._cuda":
                 super().build_extension(extension)
@@ -147,7 +175,7 @@ def with_cuda(build_extension: type) -> type:
                 objects = list(pool.map(lambda source: compile_cuda_object(source, folder), sources))
             link_cuda_module(objects, Path(self.get_ext_fullpath(extension.name)))
 
-    return BuildWithCuda
+    return Build
 
 
 def build_commands(ext_modules: list) -> dict:
@@ -155,7 +183,7 @@ def build_commands(ext_modules: list) -> dict:
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"build_ext": with_cuda(BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None))}
+    return {"build_ext": with_cuda_and_record(BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None))}
 
 
 extensions = cpu_extensions() + cuda_extensions()

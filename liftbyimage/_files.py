@@ -21,6 +21,23 @@ def require_file(label: str, path: Path) -> None:
         raise ValueError(f"{label}: {'is a folder' if path.is_dir() else 'no such file'}")
 
 
+def require_utf8(label: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a name in another encoding: OpenCV would end Python, and JSON could not hold it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{label}: the name is not UTF-8; rename the file or folder") from None
+
+
+def require_place(label: str, folder: Path) -> None:
+    """Refuse a folder that could not be made, or written into, before work is done for it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    if not os.path.isdir(there):
+        raise ValueError(f"{label}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{label}: {there} is a folder that you may not write into")
+
+
 def check_several(function: str, images: Any) -> None:
     """Refuse one image in the place of several: a string would be taken for the list of its letters."""
     if isinstance(images, (str, bytes, os.PathLike)):
@@ -39,8 +56,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
             os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say what it has no room for
+            error.filename = os.fspath(path)
         raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,16 @@ PARTS = ("lifter", "lifter_config", "encoder", "encoder_config", "lifter_state",
 
 def save_atomically(value: Any, path: str | os.PathLike[str]) -> None:
     """torch.save, such that `path` is either the old file or the whole new one."""
-    write_atomically(path, lambda file: torch.save(value, file))
+
+    def save(file: BinaryIO) -> None:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, which torch turns into a remark on positions
+                raise error.__context__ from None
+            raise
+
+    write_atomically(path, save)
 
 
 def save_pipeline(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from enum import Enum
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from liftbyimage import __version__
-from liftbyimage._files import DEMO_CHECKPOINT
+from liftbyimage._files import DEMO_CHECKPOINT, require_place
 
 if TYPE_CHECKING:
     from liftbyimage.models import Pipeline
@@ -23,6 +28,9 @@ DEMO_MODEL = "lift-by-image"
 DEMONSTRATION = (
     "This is a demonstration model, trained on synthetic scenes only: do not expect it to be accurate on photographs."
 )
+PROGRAM = "liftbyimage"
+COMPLETION_REQUEST = "_LIFTBYIMAGE_COMPLETE"  # the variable by which a shell asks for completions
+INTERRUPTED = 130  # as shells report SIGINT
 PACKAGE = Path(__file__).resolve().parent
 
 app = typer.Typer(
@@ -34,23 +42,108 @@ app = typer.Typer(
 
 
 def main() -> None:
-    app(prog_name="liftbyimage")
+    if sys.stdout is not None and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name that a terminal cannot show ends no command
+    if COMPLETION_REQUEST in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
+    app(prog_name=PROGRAM)
 
 
 @contextmanager
 def _mistakes_in_one_sentence() -> Iterator[None]:
-    """Print what the library refuses, and files that cannot be read or written, as `error: …`; exit with 2.
+    """Print what the library refuses, files that cannot be read or written, and what this machine has not enough of, as
+    `error: …`; exit with 2. Ctrl-C ends with a line, too, and 130.
 
     A ValueError or TypeError that some other package raised is a defect and keeps its traceback.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not isinstance(error, OSError) and PACKAGE not in raised_in.resolve().parents:
+    except KeyboardInterrupt:
+        typer.echo("Interrupted.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:  # nobody reads on: typer ends the command without a word
+        raise
+    except Exception as error:
+        sentence = _mistake(error)
+        if sentence is None:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {sentence}", err=True)
         raise typer.Exit(2) from None
+
+
+def _mistake(error: Exception) -> str | None:
+    """What to tell the user of an error; None for a defect."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return text
+    if isinstance(error, (ValueError, TypeError)):
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        return text if PACKAGE in raised_in.resolve().parents else None
+    if type(error).__name__ == "BrokenBuild":  # its module, _extension, would not import
+        return f"{text}; `{PROGRAM} doctor` says more"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        size = re.search(r"allocate ([\d.]+ \w+)", text)
+        asked = f" ({size[1]} more were asked for)" if size else ""
+        return f"out of memory{asked}: smaller batches, fewer workers or a smaller model need less"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return f"{text.partition('. ')[0].rstrip('.')}: fewer --workers need less memory"
+    return None
+
+
+@contextmanager
+def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
+    """A report for a command to fill, printed as JSON if wanted, alone: then all else goes to standard error."""
+    report: dict[str, Any] = {}
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield report
+    if as_json:
+        typer.echo(json.dumps(report, indent=1, allow_nan=False, default=os.fspath))
+
+
+# What a shell completes, stated here because the library that knows takes seconds to import.
+_MODELS = (DEMO_MODEL, "context-aware-poseformer", "pose-only")
+_ENCODERS = ("hrnet-w32", "hrnet-w48", "tiny")
+_PRECISIONS = ("float32", "bfloat16", "float16")
+_DEVICES = ("auto", "cpu", "cuda")
+_SOURCES = ("synthetic", "mocap", "pose2sim", "human3.6m", "mpi-inf-3dhp", "mpi-inf-3dhp-test", "pictures")
+
+
+def _one_of(help: str, *choices: str) -> Any:
+    """An option of a few words, which a shell completes; what is none of them the command itself refuses."""
+    return typer.Option(help=help, autocompletion=lambda: list(choices))
+
+
+def _line(help: str) -> Any:
+    return typer.Option(metavar="LINE", help=help, autocompletion=lambda: list(_SOURCES))
+
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and all else to standard error.")]
+
+
+class _Shell(str, Enum):
+    bash = "bash"
+    zsh = "zsh"
+    fish = "fish"
+
+
+def _show_completion(shell: _Shell | None) -> None:
+    if shell is not None:
+        from typer.completion import get_completion_script
+
+        typer.echo(get_completion_script(prog_name=PROGRAM, complete_var=COMPLETION_REQUEST, shell=shell.value))
+        raise typer.Exit
+
+
+def _install_completion(shell: _Shell | None) -> None:
+    if shell is not None:
+        from typer.completion import install
+
+        with _mistakes_in_one_sentence():
+            _, path = install(shell.value, PROGRAM, COMPLETION_REQUEST)
+        typer.echo(f"Wrote {path}; new shells complete {PROGRAM}.")
+        raise typer.Exit
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,6 +157,14 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    show_completion: Annotated[
+        _Shell | None,
+        typer.Option(callback=_show_completion, is_eager=True, help="Print what makes the shell complete commands."),
+    ] = None,
+    install_completion: Annotated[
+        _Shell | None,
+        typer.Option(callback=_install_completion, is_eager=True, help="Add that to the shell's own settings."),
+    ] = None,
 ) -> None:
     pass
 
@@ -76,13 +177,14 @@ def demo(
     html: Annotated[
         bool, typer.Option("--html", help="Also write viewer.html: hover over joints, turn the pose.")
     ] = False,
+    as_json: _Json = False,
 ) -> None:
     """Render unseen synthetic people, lift them, and say how well and how fast."""
-    with _mistakes_in_one_sentence():
+    with _mistakes_in_one_sentence(), _reporting(as_json) as report:
         _check_folder(out)
         from liftbyimage.demo import run_demo
 
-        run_demo(out, people, seed, Console(), html)
+        report.update(run_demo(out, people, seed, Console(), html))
 
 
 @app.command()
@@ -105,7 +207,7 @@ def lift(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The model that --checkpoint must hold: lift-by-image or context-aware-poseformer."),
+        _one_of("The model that --checkpoint must hold: lift-by-image or context-aware-poseformer.", *_MODELS[:2]),
     ] = None,
     encoder_weights: Annotated[
         Path | None, typer.Option(help="Official HRNet weights (w32 or w48) for the checkpoint's encoder.")
@@ -114,7 +216,7 @@ def lift(
         Path | None, typer.Option(help="A trained lifter; by default the demonstration model.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the poses and the pictures.")] = Path("lift-output"),
-    format: Annotated[str, typer.Option(help="Of the file with the poses: json or npz.")] = "json",
+    format: Annotated[str, _one_of("Of the file with the poses: json or npz.", "json", "npz")] = "json",
     pictures: Annotated[bool, typer.Option(help="Draw a picture of each person, or the video.")] = True,
     frames: Annotated[
         str | None, typer.Option(metavar="A:B", help="Only frames A to B - 1 of the video, from 0.")
@@ -122,10 +224,11 @@ def lift(
     html: Annotated[
         bool, typer.Option("--html", help="Also write viewer.html: hover over joints, turn the pose; not of a video.")
     ] = False,
+    as_json: _Json = False,
 ) -> None:
     """Lift the person in each picture, or in every frame of a video, to 3D."""
     console = Console()
-    with _mistakes_in_one_sentence():
+    with _mistakes_in_one_sentence(), _reporting(as_json) as report:
         _check_folder(out)
         from liftbyimage.lift_command import Options, run
 
@@ -137,12 +240,15 @@ def lift(
 
         note = DEMONSTRATION if checkpoint is None else ""
         options = Options(files, pose, pose_model, box, detector, out, format, pictures, frames, html, note)
-        console.print(run(options, load_pipeline, console), markup=False, highlight=False, soft_wrap=True)
+        sentence, facts = run(options, load_pipeline, console)
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        report.update(facts, checkpoint=checkpoint or DEMO_CHECKPOINT)
 
 
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: expected a folder, got a file")
+    require_place(f"--out {out}", out)
 
 
 def _load_pipeline(checkpoint: Path | None, encoder_weights: Path | None, model: str | None) -> Pipeline:
@@ -162,29 +268,29 @@ def _load_pipeline(checkpoint: Path | None, encoder_weights: Path | None, model:
 def train_demo(
     out: Annotated[Path, typer.Option(help="File for the checkpoint.")] = Path("demo.pt"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, scenes and order.")] = 0,
+    as_json: _Json = False,
 ) -> None:
     """Train the demonstration model on synthetic scenes."""
-    with _mistakes_in_one_sentence():
+    with _mistakes_in_one_sentence(), _reporting(as_json) as report:
         if out.is_dir():
             raise ValueError(f"--out {out}: expected a file, got a folder")
         _check_folder(out.parent)
         from liftbyimage import train_demo as training
 
-        training.train_demo(out, seed, Console())
+        trained = training.train_demo(out, seed, Console())
+        minutes = trained.pop("minutes")
+        report.update(checkpoint=out, seed=seed, mpjpe_mm=trained, minutes=minutes)
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
-) -> None:
+def doctor(as_json: _Json = False) -> None:
     """Say which backend serves each op here, what is missing, and how to get it."""
-    from liftbyimage.doctor import print_report, report
+    with _mistakes_in_one_sentence(), _reporting(as_json) as findings:
+        from liftbyimage.doctor import print_report, report
 
-    findings = report()
-    if as_json:
-        typer.echo(json.dumps(findings, indent=1))
-    else:
-        print_report(Console(), findings)
+        findings.update(report())
+        if not as_json:
+            print_report(Console(), findings)
 
 
 @app.command("bench-report")
@@ -232,23 +338,21 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and curves; a run that it holds goes on.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags come on top of it.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="lift-by-image (the default), context-aware-poseformer or pose-only.")
+        str | None, _one_of("lift-by-image (the default), context-aware-poseformer or pose-only.", *_MODELS)
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="LINE", help="What to train on, NAME[:FOLDER][,KEY=VALUE]…")
-    ] = None,
-    validate: Annotated[str | None, typer.Option(metavar="LINE", help="What to validate on.")] = None,
+    data: Annotated[str | None, _line("What to train on, NAME[:FOLDER][,KEY=VALUE]…")] = None,
+    validate: Annotated[str | None, _line("What to validate on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of the first stage.")] = None,
     stage2_epochs: Annotated[int | None, typer.Option(help="Of the second stage.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records of a step, over all processes.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The paper's by default.")] = None,
-    encoder: Annotated[str | None, typer.Option(metavar="NAME", help="hrnet-w32, hrnet-w48 or tiny.")] = None,
+    encoder: Annotated[str | None, _one_of("hrnet-w32, hrnet-w48 or tiny.", *_ENCODERS)] = None,
     encoder_weights: Annotated[Path | None, typer.Option(help="Official HRNet weights to start from.")] = None,
     init: Annotated[Path | None, typer.Option(help="A checkpoint to start from.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    precision: Annotated[str | None, _one_of("float32, bfloat16 or float16.", *_PRECISIONS)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read records.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order, flips and dropout.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: Annotated[str | None, _one_of("auto, cpu or cuda.", *_DEVICES)] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder to keep what stage 2 starts from.")] = None,
     strict: Annotated[
         bool | None, typer.Option("--strict", help="Stop at the first record that cannot be read.")
@@ -256,20 +360,23 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, as lifter.dim=64.")
     ] = None,
+    as_json: _Json = False,
 ) -> None:
     """Train a lifter; under torchrun, in several processes."""
     flags = dict(locals())
-    with _mistakes_in_one_sentence():
+    first = os.environ.get("RANK", "0") == "0"  # one of torchrun's processes talks
+    with _mistakes_in_one_sentence(), _reporting(as_json and first) as report:
         _check_folder(out)
         from liftbyimage.training import TrainingConfig, train
 
-        named = {key: value for key, value in flags.items() if key not in ("out", "config", "set_")}
+        named = {key: value for key, value in flags.items() if key not in ("out", "config", "set_", "as_json")}
         overrides = {
             key: str(value) if isinstance(value, Path) else value for key, value in named.items() if value is not None
         }
         trained = train(TrainingConfig.read(config, {**overrides, **_settings(set_ or [])}), out)
-        if not trained.finished and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes says it
+        if not trained.finished and first:
             typer.echo(f"Stopped; the same command goes on from {out / 'last.pt'}.")
+        report.update(trained.report(out))
 
 
 def _settings(pairs: list[str]) -> dict[str, object]:
@@ -288,6 +395,16 @@ def _settings(pairs: list[str]) -> dict[str, object]:
     return settings
 
 
+class _FileOrAlone(TyperCommand):
+    """`--json` without a file stands for `--json -`, standard output."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        pieces = []
+        for word, following in pairwise([*args, "--"]):
+            pieces += [word, "-"] if word == "--json" and following.startswith("--") else [word]
+        return super().parse_args(ctx, pieces)
+
+
 _CHECKPOINT_HELP = "A trained lifter of any kind, or demo for the demonstration model."
 _DATA_HELP = "NAME[:FOLDER][,OPTION=VALUE]…, such as human3.6m:/data/h36m,split=test."
 _EncoderWeights = Annotated[Path | None, typer.Option(help="Official HRNet weights for the checkpoint's encoder.")]
@@ -295,14 +412,14 @@ _FlipTest = Annotated[bool, typer.Option("--flip-test", help="Average with the p
 _BatchSize = Annotated[int, typer.Option(min=1, help="Records per pass.")]
 _Workers = Annotated[int, typer.Option(min=0, help="Processes that read records.")]
 _Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be read.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-_Precision = Annotated[str, typer.Option(help="float32, bfloat16, or float16 on a GPU.")]
+_Device = Annotated[str, _one_of("auto, cpu or cuda.", *_DEVICES)]
+_Precision = Annotated[str, _one_of("float32, bfloat16, or float16 on a GPU.", *_PRECISIONS)]
 
 
-@app.command()
+@app.command(cls=_FileOrAlone)
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help=_CHECKPOINT_HELP, show_default=False)],
-    data: Annotated[str, typer.Option(metavar="LINE", help=_DATA_HELP)],
+    data: Annotated[str, _line(_DATA_HELP)],
     encoder_weights: _EncoderWeights = None,
     flip_test: _FlipTest = False,
     batch_size: _BatchSize = 32,
@@ -311,20 +428,24 @@ def evaluate(
     precision: _Precision = "float32",
     strict: _Strict = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many records, evenly spread.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the results.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="[FILE]", help="File for the results; without one they are printed, alone."),
+    ] = None,
     per_joint: Annotated[bool, typer.Option("--per-joint", help="The mean error of each joint too.")] = False,
 ) -> None:
     """Measure a lifter by the field's protocols, per action or sequence."""
-    with _mistakes_in_one_sentence():
+    printed = json_file == Path("-")
+    with _mistakes_in_one_sentence(), _reporting(printed) as report:
         from liftbyimage.evaluate_command import run
 
-        run(
+        document = run(
             _checkpoint_file(checkpoint),
             data,
             Console(),
             encoder_weights=encoder_weights,
             limit=limit,
-            json_file=json_file,
+            json_file=None if printed else json_file,
             per_joint=per_joint,
             flip_test=flip_test,
             batch_size=batch_size,
@@ -333,6 +454,7 @@ def evaluate(
             precision=precision,
             strict=strict,
         )
+        report.update(document)
 
 
 def _checkpoint_file(checkpoint: Path) -> Path:
@@ -341,7 +463,10 @@ def _checkpoint_file(checkpoint: Path) -> Path:
 
 @app.command("lift-all")
 def lift_all(
-    data: Annotated[str, typer.Argument(metavar="LINE", help=_DATA_HELP, show_default=False)],
+    data: Annotated[
+        str,
+        typer.Argument(metavar="LINE", help=_DATA_HELP, show_default=False, autocompletion=lambda: list(_SOURCES)),
+    ],
     out: Annotated[Path, typer.Option(metavar="SHARDS", help="Folder for the shards; what is there stays.")],
     checkpoint: Annotated[Path, typer.Option(help=_CHECKPOINT_HELP)] = Path("demo"),
     encoder_weights: _EncoderWeights = None,
@@ -353,10 +478,11 @@ def lift_all(
     precision: _Precision = "float32",
     flip_test: _FlipTest = False,
     strict: _Strict = False,
+    as_json: _Json = False,
 ) -> None:
     """Lift every record of a source into shards, on one machine or many."""
     console = Console()
-    with _mistakes_in_one_sentence():
+    with _mistakes_in_one_sentence(), _reporting(as_json) as report:
         _check_folder(out)
         machine, slash, machines = part.partition("/")
         if not (slash and machine.isdecimal() and machines.isdecimal() and int(machine) < int(machines)):
@@ -364,6 +490,7 @@ def lift_all(
         from liftbyimage.data.source import open_source
         from liftbyimage.lift_all import BatchLifter
         from liftbyimage.lift_all import lift_all as lift_records
+        from liftbyimage.predict import chosen_device
 
         source = open_source(data)
         lifter = BatchLifter(_checkpoint_file(checkpoint), encoder_weights, device, precision, flip_test)
@@ -385,6 +512,16 @@ def lift_all(
         if lifted.problems:
             text += f" {lifted.problems} records could not be read: their poses are NaN, and `problem` says why."
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+        report.update(
+            out=out,
+            records=len(source),
+            shards={"lifted": lifted.done, "present": lifted.present, "others": lifted.others},
+            problems=lifted.problems,
+            device=str(chosen_device("lift_all", device)),
+            checkpoint=_checkpoint_file(checkpoint),
+            precision=precision,
+            flip_test=flip_test,
+        )
 
 
 @app.command()

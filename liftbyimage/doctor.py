@@ -19,6 +19,13 @@ from torch import Tensor
 
 import liftbyimage
 
+# What some commands need and an installation without extras lacks: the package, and what for.
+OPTIONAL = {
+    "onnxruntime": "2D pose models in ONNX files",
+    "h5py": "source mpi-inf-3dhp-test",
+    "tensorboard": "curves of training in TensorBoard",
+}
+_ISAS = ("DEFAULT", "AVX2", "AVX512")  # as the module's build and torch spell them, from narrow to wide
 REBUILD = "`pip install --no-build-isolation -e .`"
 
 
@@ -55,7 +62,7 @@ def report() -> dict[str, Any]:
 
         result["extension"] = dict(_C.build_info())
     result["ops"] = [row for op in _sample_calls("cpu") for row in _rows(op, devices)]
-    result["missing"] = _missing(_extension.CPU_MISSING, _extension.CUDA_MISSING)
+    result["missing"] = [*_missing(_extension.CPU_MISSING, _extension.CUDA_MISSING), *_narrow(result["extension"])]
     return result
 
 
@@ -119,6 +126,7 @@ def _versions() -> dict[str, str | None]:
         "triton": _package_version("triton"),
         "CUDA toolkit (nvcc)": _nvcc_version(),
         "C++ compiler": _compiler(),
+        "processor's vectors": torch.backends.cpu.get_cpu_capability(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "CPU threads": str(torch.get_num_threads()),
     }
@@ -197,4 +205,16 @@ def _missing(cpu: str | None, cuda: str | None) -> list[dict[str, str]]:
         missing.append({"what": cuda, "cure": f"{install}{REBUILD}"})
     if _package_version("triton") is None:
         missing.append({"what": "the package triton is not installed", "cure": "`pip install triton`"})
+    for package, purpose in OPTIONAL.items():
+        if _package_version(package) is None:
+            what = f"the package {package} is not installed; without it: no {purpose}"
+            missing.append({"what": what, "cure": f"`pip install {package}`"})
     return missing
+
+
+def _narrow(build: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Whether the module was built for narrower vectors than this processor has."""
+    here = torch.backends.cpu.get_cpu_capability()
+    if build is None or here not in _ISAS or _ISAS.index(build["isa"]) >= _ISAS.index(here):
+        return []
+    return [{"what": f"the C++ extension is built for {build['isa']}, this processor has {here}", "cure": REBUILD}]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from liftbyimage._files import sha256_of, write_atomically
+from liftbyimage._files import require_place, sha256_of, write_atomically
 from liftbyimage.checkpoint import load_pipeline
 from liftbyimage.data.source import open_source
 from liftbyimage.evaluate import LENGTHS, measure, summarise
@@ -40,15 +40,20 @@ def run(
     json_file: Path | None = None,
     per_joint: bool = False,
     **options: Any,
-) -> None:
+) -> dict[str, Any]:
     """Evaluate and print; `options` are those of `evaluate.measure`.
 
     Args:
         limit: only so many records, evenly spread over the source.
-        json_file: where to write the summary, with what was evaluated, on what and how.
+        json_file: where to write what is returned.
+
+    Returns:
+        The summary, with what was evaluated, on what and how.
     """
     if json_file is not None and json_file.is_dir():  # said before hours of work
         raise ValueError(f"--json {json_file}: expected a file, got a folder")
+    if json_file is not None:
+        require_place(f"--json {json_file}", json_file.parent)
     pipeline = load_pipeline(checkpoint, encoder_weights)
     source = open_source(data)
     indices = spread(len(source), limit)
@@ -58,20 +63,21 @@ def run(
             pipeline, source, indices=indices, on_batch=lambda count: progress.advance(task, count), **options
         )
     summary = summarise(measurements, source.groups, per_joint=per_joint)
+    document = {
+        **summary,
+        "lifter": pipeline.lifter.name,
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": sha256_of(checkpoint),
+        "data": data,
+        "source": dict(source.description),
+        "flip_test": options["flip_test"],
+        "precision": options["precision"],
+    }
     if json_file is not None:
-        document = {
-            **summary,
-            "lifter": pipeline.lifter.name,
-            "checkpoint": str(checkpoint),
-            "checkpoint_sha256": sha256_of(checkpoint),
-            "data": data,
-            "source": dict(source.description),
-            "flip_test": options["flip_test"],
-            "precision": options["precision"],
-        }
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(json_file, lambda file: file.write(text.encode()))
     _print(console, summary)
+    return document
 
 
 def _print(console: Console, summary: Mapping[str, Any]) -> None:

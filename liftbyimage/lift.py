@@ -221,7 +221,7 @@ def write_results(
     """
     check_format("write_results", format)
     out_dir = Path(out_dir)
-    names = _picture_names(results, out_dir) if pictures else [None] * len(results)
+    names = picture_names(results, out_dir) if pictures else [None] * len(results)
     for result, name in zip(results, names, strict=True):
         if name is not None:
             _write_picture(result, out_dir / name)
@@ -278,7 +278,8 @@ def _arrays(results: Sequence[LiftedImage], pictures: Sequence[str | None]) -> d
     return arrays
 
 
-def _picture_names(results: Sequence[LiftedImage], out_dir: Path) -> list[str]:
+def picture_names(results: Sequence[LiftedImage], out_dir: Path) -> list[str]:
+    """How `write_results` names the picture of each."""
     # Casefolded: on some file systems A.png and a.png are one file.
     taken = {r.image.name.casefold() for r in results if r.image.resolve().parent == out_dir.resolve()}
     names = []

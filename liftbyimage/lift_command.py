@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.progress import track
 
 from liftbyimage._files import require_file
 from liftbyimage.data.pose_file import read_pose_file
-from liftbyimage.lift import FORMATS, LiftedImage, lift_images, results_name, write_results
+from liftbyimage.lift import FORMATS, LiftedImage, lift_images, picture_names, results_name, write_results
 from liftbyimage.lift_video import (
     Video,
     VideoResults,
@@ -44,8 +44,15 @@ class Options:
     note: str
 
 
-def run(options: Options, load_pipeline: Callable[[], Pipeline], console: Console) -> str:
-    """Lift what was asked for, and say so in a sentence. No pose is written before all of them are known.
+class Lifted(NamedTuple):
+    """What was done: for a person, and for a program."""
+
+    sentence: str
+    report: dict[str, Any]  # plain values and paths
+
+
+def run(options: Options, load_pipeline: Callable[[], Pipeline], console: Console) -> Lifted:
+    """Lift what was asked for, and say so. No pose is written before all of them are known.
 
     Raises:
         ValueError: one sentence on options that do not go together or files that do not serve.
@@ -87,7 +94,7 @@ def _check(options: Options, video: bool) -> None:
         raise ValueError(f"--out {options.out} would overwrite the pose file {options.pose}: choose another folder")
 
 
-def _run_pictures(options: Options, load_pipeline: Callable[[], Pipeline]) -> str:
+def _run_pictures(options: Options, load_pipeline: Callable[[], Pipeline]) -> Lifted:
     images = options.files
     if options.pose is not None:
         poses = read_pose_file(options.pose, images)
@@ -100,23 +107,25 @@ def _run_pictures(options: Options, load_pipeline: Callable[[], Pipeline]) -> st
         poses = find_poses(pose_model, images, **where)
     results = lift_images(pipeline, images, poses)
     written = write_results(results, options.out, options.pictures, options.format)
-    page = _write_page(options, pipeline, results)
     people = "1 person" if len(results) == 1 else f"{len(results)} people"
-    return f"Lifted {people}: {written}{' and a picture of each beside it' if options.pictures else ''}.{page}"
+    sentence = f"Lifted {people}: {written}{' and a picture of each beside it' if options.pictures else ''}."
+    pictures = [options.out / name for name in picture_names(results, options.out)] if options.pictures else []
+    report: dict[str, Any] = {"people": len(results), "poses": written, "pictures": pictures}
+    if options.html:
+        report["page"] = _write_page(options, pipeline, results)
+        sentence += f" {report['page']} shows them in a browser."
+    return Lifted(sentence, report)
 
 
-def _write_page(options: Options, pipeline: Pipeline, results: Sequence[LiftedImage]) -> str:
-    """Write the page if it is asked for, and say so."""
-    if not options.html:
-        return ""
+def _write_page(options: Options, pipeline: Pipeline, results: Sequence[LiftedImage]) -> Path:
     from liftbyimage import viewer  # matplotlib, which a run without the page need not load
 
     path = options.out / viewer.FILE
     viewer.write_viewer(path, pipeline, viewer.people_of(results, pipeline), "Lifted people", options.note)
-    return f" {path} shows them in a browser."
+    return path
 
 
-def _run_video(options: Options, path: Path, load_pipeline: Callable[[], Pipeline], console: Console) -> str:
+def _run_video(options: Options, path: Path, load_pipeline: Callable[[], Pipeline], console: Console) -> Lifted:
     assert options.pose_model is not None
     video = open_video(path)
     first, end = frame_range(options.frames)
@@ -126,7 +135,8 @@ def _run_video(options: Options, path: Path, load_pipeline: Callable[[], Pipelin
     total = stated_frames(video, first, end)
     shown = track(lifted, "Lifting", total=total, console=console, disable=not console.is_terminal)
     results = write_video_results(shown, video, options.out, options.pictures, options.format)
-    return _summary(results, video, total)
+    counts = {"people": results.people, "frames": results.frames, "stated_frames": total}
+    return Lifted(_summary(results, video, total), {**counts, "poses": results.poses, "drawing": results.drawing})
 
 
 def _summary(results: VideoResults, video: Video, expected: int | None) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from liftbyimage._files import require_file, write_atomically
+from liftbyimage._files import require_file, require_utf8, write_atomically
 from liftbyimage.data.pose_file import ImagePose
 from liftbyimage.data.skeleton import JOINT_NAMES
 from liftbyimage.lift import HEAD, check_batch_size, check_format, check_pipeline, crop_person, lift_crops, results_name
@@ -69,6 +69,7 @@ class VideoResults:
 def is_video(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a video: by its suffix, or because OpenCV opens it as one, not as a picture or text."""
     path = Path(path)
+    require_utf8(f"file {path}", path)
     if path.suffix.lower() in SUFFIXES:
         return True
     return path.is_file() and not cv2.haveImageReader(str(path)) and _is_open(_capture(path))
@@ -88,6 +89,7 @@ def open_video(path: str | os.PathLike[str]) -> Video:
 
 
 def _capture(path: Path) -> cv2.VideoCapture:
+    require_utf8(f"video {path}", path)
     # What FFmpeg prints about a broken file is said here in one sentence; it reads this when it is first used.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     return cv2.VideoCapture(str(path))
@@ -301,6 +303,7 @@ def drawing_file(path: Path, fps: float) -> Iterator[Callable[[np.ndarray, int],
 
     Without a picture no file is written.
     """
+    require_utf8(f"video {path}", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter()
     sizes: list[tuple[int, int]] = []  # (width, height) px, of each picture

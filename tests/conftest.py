@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail where a test would skip for want of a GPU")
     parser.addoption("--require-browser", action="store_true", help="fail where a test would skip for want of Chromium")
+    parser.addoption(
+        "--packages-into", metavar="FOLDER", help="test_packaging.py compiles, and leaves archive and wheel here"
+    )
 
 
 def pytest_configure(config):

@@ -178,14 +178,18 @@ def _module(monkeypatch: pytest.MonkeyPatch, name: str, function: str, body: Any
 
 def test_demo_and_train_demo_pass_their_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
-    _module(monkeypatch, "demo", "run_demo", lambda *arguments: calls.append(arguments))
-    _module(monkeypatch, "train_demo", "train_demo", lambda *arguments: calls.append(arguments))
+    _module(monkeypatch, "demo", "run_demo", lambda *a: calls.append(a) or {"pictures": [out]})
+    errors = {"coarse": 2.0, "refined": 1.0, "pose_only": 3.0}
+    _module(monkeypatch, "train_demo", "train_demo", lambda *a: calls.append(a) or {**errors, "minutes": 4.0})
     out, file = tmp_path / "pictures", tmp_path / "new.pt"
     assert _run("demo", "--out", out, "--people", 3, "--seed", 7).exit_code == 0
     assert _run("train-demo", "--out", file, "--seed", 8).exit_code == 0
-    assert _run("demo", "--out", out, "--html").exit_code == 0
+    assert json.loads(_run("demo", "--out", out, "--json", "--html").stdout) == {"pictures": [str(out)]}
+    expected = {"checkpoint": str(file), "seed": 0, "mpjpe_mm": errors, "minutes": 4.0}
+    assert json.loads(_run("train-demo", "--out", file, "--json").stdout) == expected
     shown = [tuple("console" if isinstance(one, Console) else one for one in call) for call in calls]
-    assert shown == [(out, 3, 7, "console", False), (file, 8, "console"), (out, 6, 0, "console", True)]
+    trained = [(file, 8, "console"), (file, 0, "console")]
+    assert shown == [(out, 3, 7, "console", False), trained[0], (out, 6, 0, "console", True), trained[1]]
     (tmp_path / "taken").write_text("")
     _refused(f"--out {tmp_path / 'taken'}: expected a folder, got a file", "demo", "--out", tmp_path / "taken")
     _refused(f"--out {tmp_path}: expected a file, got a folder", "train-demo", "--out", tmp_path)

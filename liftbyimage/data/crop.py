@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -128,6 +127,8 @@ def warp_crop(image: np.ndarray, matrix: ArrayLike, size: tuple[int, int] = CROP
     """
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
         raise ValueError(f"warp_crop: image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    import cv2  # where a picture is cut: models need this file's formulas alone
+
     matrix = _affine(matrix, "warp_crop")
     return cv2.warpAffine(image, matrix, (size[1], size[0]), flags=cv2.INTER_LINEAR)
 
@@ -214,6 +215,8 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     if not Path(path).is_file():
         raise ValueError(f"image {path}: no such file")
+    import cv2
+
     try:
         # From memory, since `cv2.imread` takes a JPEG file that is cut short and fills the rest with grey.
         image = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR)

@@ -62,6 +62,21 @@ class Trained(NamedTuple):
     curves: dict[str, Any]  # as OUT/curves.json
     best_mpjpe_mm: float | None  # of OUT/best.pt; None without validation
 
+    def report(self, out: Path) -> dict[str, Any]:
+        """How it ended, in plain values: the files that `out` holds, each stage's steps and last loss, the last
+        validation."""
+        losses = {stage: values for stage, values in self.curves["loss"].items() if values}
+        validation = self.curves["validation"]
+        files = {name: out / name for name in (MODEL, BEST, LAST, CONFIG, CURVES)}
+        return {
+            "finished": self.finished,
+            "files": {Path(name).stem: str(path) for name, path in files.items() if path.is_file()},
+            "steps": {stage: len(values) for stage, values in losses.items()},
+            "loss": {stage: values[-1] for stage, values in losses.items()},
+            "validation": validation[-1] if validation else None,
+            "best_mpjpe_mm": self.best_mpjpe_mm,
+        }
+
 
 @dataclass
 class Place:
