@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from liftbyimage._files import check_several
+from liftbyimage._files import check_several, require_file
 from liftbyimage.data.skeleton import COCO_NAMES, JOINT_NAMES, coco_to_h36m
 
 EVERY_IMAGE = "*"
@@ -102,8 +102,7 @@ def check_pixels(path: str | Path, pose: ImagePose, image: np.ndarray) -> None:
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"pose file {path}: no such file")
+    require_file(f"pose file {path}", Path(path))
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
