@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -119,7 +120,8 @@ def test_the_wheel_holds_the_package_alone(built: tuple[Path, Path, str], compil
     kernels = {f"liftbyimage/{name}" for name in _files("kernels")}
     native = {name for name in package if name.endswith(BUILT)}
     assert package - native == _files("liftbyimage") | kernels  # and so no `kernels`, no tests, no bench
-    assert bool(native) == compiled
+    assert ("liftbyimage/_C.instructions" in native) == compiled
+    assert any(name.endswith(".so") for name in native) == compiled
     assert f"liftbyimage-{version}.dist-info/licenses/LICENSE" in held
     assert metadata["Version"] == version
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -175,6 +177,16 @@ def test_the_package_itself_is_light() -> None:
     code = "import sys, liftbyimage; print([name for name in ('torch', 'numpy') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_a_processor_that_the_compiler_does_not_know_is_said_in_a_sentence() -> None:
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is on PATH")
+    environment = {**os.environ, "CXX": compiler, "LIFTBYIMAGE_MARCH": "abacus"}
+    run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True)
+    assert run.returncode == 1
+    assert run.stderr.decode().splitlines()[-1] == f"LIFTBYIMAGE_MARCH: {compiler} knows no processor 'abacus'"
 
 
 def test_a_missing_module_is_a_reason_and_a_broken_one_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
