@@ -45,7 +45,7 @@ gpu:
 	$(PYTHON) -m liftbyimage bench-report gpu-results.json --html gpu-results.html
 
 clean:
-	rm -rf $(VENV) build *.egg-info liftbyimage/*.so
+	rm -rf $(VENV) build *.egg-info liftbyimage/*.so liftbyimage/_C.instructions
 
 $(VENV)/.dependencies: constraints.txt
 	@echo "setting up $(VENV): a minute or two, more for a slow network"

@@ -37,7 +37,10 @@ def target_march() -> str:
 def predefined_macros(compiler: str, march: str) -> set[str]:
     """What the compiler defines when it compiles for `march`: one macro for every instruction set."""
     command = [compiler, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"LIFTBYIMAGE_MARCH: {compiler} knows no processor {march!r}")
+    return set(run.stdout.split())
 
 
 def vector_isa(macros: set[str]) -> str:

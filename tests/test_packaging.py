@@ -5,7 +5,9 @@ Without a compiler here, in seconds; `make package` runs the same tests with one
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -36,7 +38,20 @@ def built(
     """The source archive, the wheel built from it, and what the build said."""
     folder = Path(request.config.getoption("packages_into") or tmp_path_factory.mktemp("packages")).resolve()
     environment = dict(os.environ) if compiled else {**os.environ, "CXX": "/nowhere/g++"}
-    _run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, ROOT], environment)
+    _run(
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--sdist",
+            "--no-isolation",
+            "--skip-dependency-check",
+            "--outdir",
+            folder,
+            ROOT,
+        ],
+        environment,
+    )
     [archive] = folder.glob("liftbyimage-*.tar.gz")
     pip = [
         sys.executable,
@@ -105,7 +120,8 @@ def test_the_wheel_holds_the_package_alone(built: tuple[Path, Path, str], compil
     kernels = {f"liftbyimage/{name}" for name in _files("kernels")}
     native = {name for name in package if name.endswith(BUILT)}
     assert package - native == _files("liftbyimage") | kernels  # and so no `kernels`, no tests, no bench
-    assert bool(native) == compiled
+    assert ("liftbyimage/_C.instructions" in native) == compiled
+    assert any(name.endswith(".so") for name in native) == compiled
     assert f"liftbyimage-{version}.dist-info/licenses/LICENSE" in held
     assert metadata["Version"] == version
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -142,7 +158,9 @@ def test_the_compiled_wheel_runs_the_demonstration(installed: Path, compiled: bo
     shown = _run([installed / "liftbyimage", "demo", "--people", 1], cwd=tmp_path)
     assert "1 pictures are in demo-output/" in shown
     assert (tmp_path / "demo-output" / "person-1.png").is_file()
-    assert '"missing": []' in _run([installed / "liftbyimage", "doctor", "--json"], cwd=tmp_path)
+    findings = json.loads(_run([installed / "liftbyimage", "doctor", "--json"], cwd=tmp_path))
+    assert findings["extension"]["march"] == (os.environ.get("LIFTBYIMAGE_MARCH") or "native")
+    assert {row["cpu"]["why_not"] for row in findings["ops"] if row["backend"] == "cpu"} == {None}
 
 
 @pytest.mark.parametrize("module", ["liftbyimage", "liftbyimage.ops", "liftbyimage.nn", "liftbyimage.models"])
@@ -159,6 +177,16 @@ def test_the_package_itself_is_light() -> None:
     code = "import sys, liftbyimage; print([name for name in ('torch', 'numpy') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_a_processor_that_the_compiler_does_not_know_is_said_in_a_sentence() -> None:
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is on PATH")
+    environment = {**os.environ, "CXX": compiler, "LIFTBYIMAGE_MARCH": "abacus"}
+    run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True)
+    assert run.returncode == 1
+    assert run.stderr.decode().splitlines()[-1] == f"LIFTBYIMAGE_MARCH: {compiler} knows no processor 'abacus'"
 
 
 def test_a_missing_module_is_a_reason_and_a_broken_one_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
