@@ -106,6 +106,7 @@ def _reporting(as_json: bool) -> Iterator[dict[str, Any]]:
 _MODELS = (DEMO_MODEL, "context-aware-poseformer", "pose-only")
 _ENCODERS = ("hrnet-w32", "hrnet-w48", "tiny")
 _PRECISIONS = ("float32", "bfloat16", "float16")
+_FIGURES = ("ratios", "roofline", "scaling")
 _DEVICES = ("auto", "cpu", "cuda")
 _SOURCES = ("synthetic", "mocap", "pose2sim", "human3.6m", "mpi-inf-3dhp", "mpi-inf-3dhp-test", "pictures")
 
@@ -309,12 +310,12 @@ def bench_report(
     only: Annotated[
         list[str] | None, typer.Option(metavar="START", help="Only works that start so; may be repeated.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    as_json: _Json = False,
     plot: Annotated[Path | None, typer.Option(help="Draw a figure into this .png or .svg.")] = None,
     figure: Annotated[
         str | None,
-        typer.Option(
-            help="Which: ratios, roofline or scaling; by default the last of a --scaling run, else the first."
+        _one_of(
+            "Which: ratios, roofline or scaling; by default the last of a --scaling run, else the first.", *_FIGURES
         ),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one page with the table and the figures.")] = None,
@@ -556,7 +557,7 @@ def live(
         str | None, typer.Option(metavar="A:B", help="Only frames A to B - 1 of a video, from 0.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Draw into this video too, .mp4.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON for programs.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Lift the person before a camera or in a video live, on a page, and measure every stage."""
     notes = Console(stderr=as_json)
