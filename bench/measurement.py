@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +12,10 @@ import pytest
 import torch
 from machine import DEVICE
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from verification import Truth, find_truth, verify
 from workload import COMPILED_BOUNDS, TRAINING, Call, Implementation, Step, Workload, build, draw, dtype_name
+
+from liftbyimage.profile import counting
 
 MAX_INPUT_SETS = 64
 WARM_UP_CALLS = 3
@@ -28,72 +26,21 @@ AVAILABLE_SHARE = 0.6  # of the free memory that one row may take
 
 def count_flops(step: Step, call: Call) -> int:
     """Floating-point operations of the products in one call, a multiply-add counted as 2."""
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    formulas = {cpu_attention: _attention_flops, cpu_attention_backward: _attention_backward_flops}
-    formulas[torch.ops.mkldnn._convolution_pointwise] = _packed_convolution_flops
     # The counter's hooks refuse leaves as inputs of a module inside torch.autograd.grad.
     no_leaves = Call(tuple(tensor.clone() for tensor in call.inputs), call.cotangents)
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        step(no_leaves)
-    return counter.get_total_flops()
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    batch, heads, rows, width = query
-    return int(2 * batch * heads * rows * key[2] * (width + value[3]))
-
-
-def _attention_backward_flops(
-    grad_output: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    # scores again, dV = Aᵀ dO, dA = dO Vᵀ, dQ = dS K, dK = dSᵀ Q
-    batch, heads, rows, width = query
-    return int(2 * batch * heads * rows * key[2] * (3 * width + 2 * value[3]))
-
-
-def _packed_convolution_flops(x: Any, first: Any, second: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    # What follows x is weight and bias, or residual and weight.
-    weight = second if second is not None and len(second) == 4 else first
-    return int(2 * math.prod(out_shape) * math.prod(weight[1:]))
-
-
-class _OperationCounter(TorchDispatchMode):
-    """How often PyTorch's dispatcher hands work to a backend; views of a tensor are no work."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
+    return counting.count_flops(lambda: step(no_leaves))
 
 
 def count_operations(step: Step, call: Call) -> int:
     """Operations of one call, in forward and backward."""
-    with _OperationCounter() as counter:
+    with counting.OperationCounter() as counter:
         step(call)
     return counter.count
 
 
 def peak_memory(step: Step, call: Call) -> int:
-    """Bytes allocated at most at one time by one call beyond inputs and weights; its results count.
-
-    On a CPU the profiler follows every allocation of the calling thread; scratch of worker threads is not seen.
-    """
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(call)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(call)
-    kineto = profiler.profiler
-    assert kineto is not None
-    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes), default=0)
+    """Bytes allocated at most at one time by one call beyond inputs and weights; its results count."""
+    return counting.peak_memory(lambda: step(call), DEVICE)
 
 
 def saved_for_backward(step: Step, call: Call) -> int:

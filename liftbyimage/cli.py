@@ -581,6 +581,41 @@ def live(
             raise result.error
 
 
+@app.command()
+def profile(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="lift-by-image, context-aware-poseformer or pose-only with random weights, demo, or a checkpoint.",
+            show_default=False,
+            autocompletion=lambda: [*_MODELS, "demo"],
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for profile.json, .csv and .html.")] = Path("profile"),
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Crops per pass; may be repeated.")] = None,
+    encoder: Annotated[
+        str | None,
+        _one_of("Before a model with random weights: hrnet-w32 (the default), hrnet-w48 or tiny.", *_ENCODERS),
+    ] = None,
+    encoder_weights: _EncoderWeights = None,
+    device: _Device = "auto",
+    dtype: _Precision = "float32",
+    against: Annotated[
+        str, typer.Option(metavar="PEERS", help="What to compare with: reference, compile, or both with a comma.")
+    ] = "",
+    trace: Annotated[bool, typer.Option("--trace", help="Also write trace.json, for Perfetto.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Measure a model part by part: FLOPs, bytes, time, memory, and how near the machine's ceilings it comes."""
+    with _mistakes_in_one_sentence(), _reporting(as_json) as report:
+        _check_folder(out)
+        from liftbyimage.profile.command import Options, run
+
+        checkpoint = None if model in _MODELS else _checkpoint_file(Path(model))
+        options = Options(model, checkpoint, encoder, encoder_weights, batch or [1], device, dtype, against, trace, out)
+        report.update(run(options, Console()).as_json())
+
+
 @contextmanager
 def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, and what moves it on: so many records more, of so many in all."""
