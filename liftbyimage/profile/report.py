@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import asdict, fields
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -76,7 +77,7 @@ COLUMNS = (
 )
 
 
-NARROW = ("part", "ms", "plain ms", "MFLOP", "plain MFLOP", "of matmul")
+NARROW = ("part", "ms", "plain ms", "MFLOP", "of matmul")
 WIDE_TERMINAL = 150  # columns of text that the whole table needs
 
 
@@ -110,7 +111,9 @@ def print_profile(console: Console, profile: Profile) -> None:
 
 
 def _table(run: Run, columns: tuple[str, ...]) -> Table:
-    table = Table(title=f"batch {run.batch}, {run.rounds} rounds", title_justify="left")
+    table = Table(
+        title=f"batch {run.batch}, {run.rounds} rounds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     chosen = [COLUMNS.index(column) for column in columns]
