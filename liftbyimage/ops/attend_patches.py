@@ -206,6 +206,7 @@ class _AttendPatches(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, context, lse)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.backend = scale, backend
+        ctx.need_attention, ctx.need_importance = need_attention, need_importance
         wanted = ((importance, need_importance), (attention, need_attention))
         ctx.mark_non_differentiable(*(output for output, needed in wanted if not needed))
         return context, importance, attention
@@ -216,6 +217,9 @@ class _AttendPatches(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         query, key, value, context, lse = ctx.saved_tensors
         need_token_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        # torch.compile gives zeros, of shape [0], for outputs that nobody asked for.
+        grad_attention = grad_attention if ctx.need_attention else None
+        grad_importance = grad_importance if ctx.need_importance else None
         backward = _BY_NAME[ctx.backend].backward
         assert backward is not None
         grad_query, grad_key, grad_value = backward(
