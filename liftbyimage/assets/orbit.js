@@ -1,7 +1,7 @@
 // Skeletons in 3D that a person can turn: drag or arrow keys, wheel, pinch or + and − for the size, 0 for the view from
 // the start (as does a double click, where there is nothing to tap).
 //
-//   const skeleton = orbit(surface, { bones: [[parent, child], …], sides: ["left" | "right" | "middle", … per joint] });
+//   const skeleton = orbit(surface, { bones: [[parent, child], …], sides: ["left" | "right" | "middle" per joint] });
 //   skeleton.setPoses({ name: { joints: [[x, y, z], …] | null, visible: true, … }, … });
 //   skeleton.turn(right, up);  // degrees further to the camera's right, and more from above
 //   skeleton.zoom(factor);
@@ -16,10 +16,10 @@
 // - a <canvas>, for poses that change all the time. Without a pose's `colour` the sides tell left from right, in --blue
 //   and --orange; colours are CSS colours or variables, and follow `themechange`; `width` is a factor. Option: empty
 //   (what is written where there is no pose).
-// - an <svg>, for poses to look at closely, styled by CSS: a group of the pose's name with `.bone`s and, for a pose with
-//   `dots`, `.joint`s (`.ring`, `.dot`, `.letter`), which can be chosen; both carry their side. `.floor` lines, the
-//   camera's `.axis`es. Options: names and letters (per joint), hover and tap (called with the joint of a pose with
-//   dots that is there, or null). `skeleton.highlight(joint | null)` makes a joint `.chosen` and writes its `.name`.
+// - an <svg>, for poses to look at closely, styled by CSS: a group of the pose's name holds `.bone`s and, for a pose
+//   with `dots`, `.joint`s (`.ring`, `.dot`, `.letter`), which can be chosen; both carry their side. Beside them are
+//   `.floor` lines and the camera's `.axis`es. Options: names and letters (per joint), hover and tap (called with the
+//   joint that is there, or null). `skeleton.highlight(joint | null)` makes a joint `.chosen` and writes its `.name`.
 function orbit(surface, options) {
   const { view = { yaw: 28, pitch: 12, zoom: 1 }, span = 2.4, hover, tap } = options;
   const DISTANCE = 7; // metres from the pelvis to the eye: enough perspective to tell near from far
