@@ -1,6 +1,6 @@
 """A page of lifted people: where each joint looked, what was kept at every retention, and a 3D pose to turn.
 
-docs/viewer.md says how to read it; `assets/viewer.js` draws what is embedded here.
+docs/viewer.md says how to read it; `assets/viewer.js` draws what is embedded here, with `assets/orbit.js`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def write_viewer(
         raise ValueError("write_viewer: pipeline must be in evaluation mode, got training mode; call eval()")
     data = viewer_data(pipeline, people)
     body = _body(title, note, data["grid"] is not None, bool(data.get("blocks")))
-    write_page(path, page(title, body, style=asset("viewer.css"), script=asset("viewer.js"), data=data))
+    script = asset("orbit.js") + asset("viewer.js")
+    write_page(path, page(title, body, style=asset("viewer.css"), script=script, data=data))
 
 
 @torch.inference_mode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,11 @@ def opened(place: Path | str, *, width: int = 1280, height: int = 900, dark: boo
             yield page
         finally:
             browser.close()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait. (The pages' policy refuses Playwright's wait_for_function, which evaluates text inside the page.)"""
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end, "it never became true"
+        time.sleep(0.02)

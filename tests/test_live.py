@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from browser import opened
+from browser import opened, until
 from marked_person import ContextPipeline, MarkerModel, picture, write_video
 from rich.console import Console
 from typer.testing import CliRunner, Result
@@ -682,14 +682,6 @@ def test_a_browser_is_opened_where_one_can_be_seen(
 # The page
 
 
-def _until(holds: Callable[[], bool]) -> None:
-    """Wait. (The page's policy refuses Playwright's wait_for_function, which evaluates text.)"""
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 class _Background:
     """The command's `run` in a thread, as a person's terminal would have it, and the address it prints."""
 
@@ -705,7 +697,7 @@ class _Background:
         self.thread.start()
 
     def url(self) -> str:
-        _until(lambda: "http://" in self.printed.getvalue())
+        until(lambda: "http://" in self.printed.getvalue())
         return re.search(r"http://\S+", self.printed.getvalue())[0]
 
 
@@ -732,11 +724,11 @@ def test_the_page_shows_frames_the_skeleton_and_the_stages(
     running = _Background(_options(clip), pipeline)
     with opened(running.url()) as shown:
         page = shown.page
-        _until(lambda: page.evaluate("document.getElementById('picture').naturalWidth > 0"))
+        until(lambda: page.evaluate("document.getElementById('picture').naturalWidth > 0"))
         page.wait_for_selector("#stages tbody tr")
         assert page.text_content("#source") == f"video {clip} · cpu, float32"
         assert page.text_content("#demonstration") == "A <b>demonstration</b>."
-        _until(lambda: page.text_content("#state") == "Live.")
+        until(lambda: page.text_content("#state") == "Live.")
 
         def drawn() -> str:
             return page.evaluate("document.getElementById('skeleton').toDataURL()")
@@ -745,7 +737,7 @@ def test_the_page_shows_frames_the_skeleton_and_the_stages(
             return page.evaluate("document.getElementById('picture').src")
 
         for look, before in ((drawn, drawn()), (frame, frame())):
-            _until(lambda look=look, before=before: look() != before)  # it goes on
+            until(lambda look=look, before=before: look() != before)  # it goes on
         with_another = page.context.browser.new_page()  # several pages, one of which is closed and opened again
         with_another.goto(running.url())
         with_another.wait_for_selector("#stages tbody tr")
@@ -769,9 +761,9 @@ def test_the_page_shows_frames_the_skeleton_and_the_stages(
         last = drawn()
         page.focus("#skeleton")
         page.keyboard.press("ArrowLeft")
-        _until(lambda: drawn() != last)
+        until(lambda: drawn() != last)
         page.click("#reset")
-        _until(lambda: drawn() == last)
+        until(lambda: drawn() == last)
         assert shown.errors == []
         origin = running.url()
         assert all(url.startswith((origin, "data:")) for url in shown.requests)
@@ -790,9 +782,9 @@ def test_the_page_says_when_nobody_is_seen_and_when_the_program_is_gone(
         )
         with opened(server.url, width=420) as shown:
             publisher(lift_video.LiftedFrame(Frame(3, 0.15, picture(None)), None, None))
-            _until(lambda: shown.page.text_content("#frame") == "frame 3, 0.15 s")
+            until(lambda: shown.page.text_content("#frame") == "frame 3, 0.15 s")
             # Nothing follows.
-            _until(lambda: shown.page.text_content("#state") == "Waiting for the next frame …")
+            until(lambda: shown.page.text_content("#state") == "Waiting for the next frame …")
             assert shown.page.locator("#demonstration").is_hidden()
             assert shown.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             server.__exit__()

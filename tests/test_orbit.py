@@ -17,7 +17,7 @@ LEFT, RIGHT, MIDDLE = (0, 114, 178), (213, 94, 0), (28, 31, 36)  # --blue, --ora
 JOINTS = [[0, 0, 0], [0.5, 0, 0], [-0.5, 0, 0], [0, -0.6, 0]]
 SCRIPT = """
 const view = orbit(document.getElementById("canvas"), { bones: [[0, 1], [0, 2], [0, 3]],
-  sides: ["middle", "left", "right", "middle"], azimuth: 0, elevation: 0, empty: "nobody" });
+  sides: ["middle", "left", "right", "middle"], view: { yaw: 0, pitch: 0, zoom: 1 }, empty: "nobody" });
 window.view = view;
 const context = document.getElementById("canvas").getContext("2d");
 // The middle and number of pixels of a colour, two frames from now, when what was asked for is drawn.
@@ -69,7 +69,7 @@ def test_turning_zooming_and_resetting(shown: Any) -> None:
     page = shown.page
     _set(shown, person={"joints": JOINTS})
     start = _find(shown, LEFT)
-    page.evaluate("view.turn(Math.PI, 0)")
+    page.evaluate("view.turn(180, 0)")
     assert _find(shown, LEFT)["x"] < SIDE / 2 - 10  # seen from behind
     page.evaluate("view.reset()")
     assert _find(shown, LEFT) == start

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from browser import Page, opened
+from browser import Page, opened, until
 from few_people import small_pipeline
 from marked_person import write_video
 from typer.testing import CliRunner
@@ -207,15 +207,6 @@ _KEPT_AREA = """(() => {
 })()"""
 
 
-def _until(shown: Page, condition: str) -> None:
-    """Wait for it; the page's policy forbids Playwright's own way, which evaluates text inside the page."""
-    for _ in range(200):
-        if shown.page.evaluate(condition):
-            return
-        shown.page.wait_for_timeout(25)
-    pytest.fail(f"never true: {condition}")
-
-
 def _skeleton(shown: Page) -> list[str]:
     """Where the refined pose's bones start in the view."""
     return shown.page.evaluate(
@@ -304,7 +295,8 @@ def test_the_slider_keeps_what_keep_count_says_and_moves_the_pose(shown, data, s
         keep = keep_count(64 * 48, retention)
         note = " (as trained)" if retention == 0.3 else ""
         assert shown.page.inner_text("#keeping") == f"{retention * 100:g} %{note}: {keep} of 3072 patches kept"
-        _until(shown, f"Math.abs({_KEPT_AREA} - {keep / 3072}) < 1e-9")
+        area = f"Math.abs({_KEPT_AREA} - {keep / 3072}) < 1e-9"
+        until(lambda area=area: shown.page.evaluate(area))
         assert (_skeleton(shown) == trained) == (retention == 0.3)
         error = 1000 * mpjpe(torch.tensor(data["people"][0]["refined"][stop]), truth).item()
         assert _errors(shown)["refined"] == [f"{error:.0f} mm"]
@@ -325,11 +317,11 @@ def test_the_skeleton_turns_and_zooms(shown) -> None:
     assert turned != home
     assert page.evaluate("[state.view.yaw, state.view.pitch]") == pytest.approx([28 - 40, 12 + 15])
     page.mouse.wheel(0, -200)
-    _until(shown, "state.view.zoom > 1.2")
+    until(lambda: page.evaluate("state.view.zoom > 1.2"))
     page.click("#reset")
     assert _skeleton(shown) == home
     page.click("#camera")
-    in_camera = np.array(page.evaluate("person().refined[state.stop].map(upright).map(projection())"))[:, :2]
+    in_camera = np.array(page.evaluate("person().refined[state.stop].map(skeleton.projection())"))[:, :2]
     pose = np.array(page.evaluate("person().refined[state.stop]"))
     # Seen from the camera's side, right is x and down is y.
     for axis in (0, 1):
@@ -444,7 +436,7 @@ def test_narrow_screens_and_touch(page_file: Path, dark: bool) -> None:
         point = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
         touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [point]})
         touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        _until(shown, "state.held !== null")
+        until(lambda: page.evaluate("state.held !== null"))
         assert page.inner_text("#looking") == "Left wrist: layer 3, all heads."
         assert _heat(shown) != mean
         page.locator("#space").scroll_into_view_if_needed()
@@ -458,7 +450,7 @@ def test_narrow_screens_and_touch(page_file: Path, dark: bool) -> None:
         fingers("touchStart", 30)
         fingers("touchMove", 45)
         touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        _until(shown, "Math.abs(state.view.zoom - 1.5) < .01")
+        until(lambda: page.evaluate("Math.abs(state.view.zoom - 1.5) < .01"))
         assert page.evaluate("[state.view.yaw, state.view.pitch]") == [28, 12]
         shown.assert_alone()
 

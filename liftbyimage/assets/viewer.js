@@ -2,8 +2,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const HOME = { yaw: 28, pitch: 12, zoom: 1 }; // degrees; from the camera's right, as in the pictures
 const CAMERA = { yaw: 0, pitch: 0, zoom: 1 };
-const CELL = 0.25; // metres of the floor
-const REACH = 14; // how near to a joint, in px of the crop and of the 3D view, chooses it
+const REACH = 14; // how near to a joint, in px of the crop, chooses it
 const LETTERS = { left_wrist: "L", left_ankle: "L", right_wrist: "R", right_ankle: "R" };
 
 const byId = (id) => document.getElementById(id);
@@ -69,24 +68,6 @@ function keptOf(person, stop) {
 }
 
 // --- small helpers ----------------------------------------------------------------------------------------------
-
-function make(parent, name, attributes = {}, text = "") {
-  const element = parent.namespaceURI === SVG ? document.createElementNS(SVG, name) : document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.textContent = text;
-  parent.append(element);
-  return element;
-}
-
-function place(line, [x1, y1], [x2, y2]) {
-  for (const [key, value] of Object.entries({ x1, y1, x2, y2 })) line.setAttribute(key, value.toFixed(2));
-}
-
-function nearest(points, [x, y], reach) {
-  const distances = points.map(([px, py]) => Math.hypot(px - x, py - y));
-  const closest = distances.indexOf(Math.min(...distances));
-  return distances[closest] <= reach ? closest : null;
-}
 
 // Where an event is, in an SVG's own units.
 function within(svg, event) {
@@ -170,7 +151,7 @@ function showJoint() {
     group.setAttribute("tabindex", index === (joint() ?? 0) ? 0 : -1); // one tab stop for all
   });
   showLooking();
-  drawSpace();
+  skeleton.highlight(joint());
   showErrors();
 }
 
@@ -320,203 +301,22 @@ function drawTrend() {
 
 // --- 3D ---------------------------------------------------------------------------------------------------------
 
-const space = byId("space");
-const scene = {};
-
 const posesOf = (of) => ({ truth: of.truth, coarse: of.coarse, refined: of.refined[state.stop] });
-const upright = ([x, y, z]) => [x, z, -y]; // right, forward, up
-
-function buildSpace() {
-  scene.floor = make(space, "g");
-  scene.axes = ["x", "y", "z"].map((name) => {
-    const group = make(space, "g", { class: "axis-of-camera" });
-    return { line: make(group, "line", { class: "axis" }), name: make(group, "text", { class: "faint" }, name) };
-  });
-  for (const pose of ["truth", "refined", "coarse"]) {
-    const group = make(space, "g", { class: pose });
-    const bones = DATA.bones.map(([, child]) => make(group, "line", { class: `bone ${side(child)}` }));
-    scene[pose] = { group, bones };
-  }
-  scene.refined.joints = names.map((_, index) => {
-    const group = make(scene.refined.group, "g", { class: `joint ${side(index)}` });
-    make(group, "circle", { class: "ring", r: 11 });
-    make(group, "circle", { class: "dot", r: 5 });
-    const letter = LETTERS[DATA.joints[index]];
-    if (letter) make(group, "text", { class: "letter", x: letter === "L" ? 14 : -14 }, letter);
-    return group;
-  });
-  scene.name = make(space, "text", { class: "name", x: 12, y: 24 });
-  listenToSpace();
-  new ResizeObserver(drawSpace).observe(space);
-}
-
-// The box about every pose of this person, so that nothing jumps when the retention changes.
-const boundsOf = once((of) => {
-  const all = [...of.refined, of.coarse, of.truth].filter(Boolean).flat().map(upright);
-  const low = [0, 1, 2].map((axis) => Math.min(...all.map((point) => point[axis])));
-  const high = [0, 1, 2].map((axis) => Math.max(...all.map((point) => point[axis])));
-  return { low, high, centre: low.map((value, axis) => (value + high[axis]) / 2), radius: distance(low, high) / 2 };
+const skeleton = orbit(byId("space"), {
+  bones: DATA.bones, sides: names.map((_, index) => side(index)),
+  names, letters: DATA.joints.map((name) => LETTERS[name]),
+  view: state.view, hover: choose, tap: hold,
 });
 
-function floorLines({ low, high }) {
-  const first = [0, 1].map((axis) => Math.floor((low[axis] - 0.1) / CELL) * CELL);
-  const last = [0, 1].map((axis) => Math.ceil((high[axis] + 0.1) / CELL) * CELL);
-  const height = low[2] - 0.02;
-  const steps = (axis) =>
-    Array.from({ length: Math.round((last[axis] - first[axis]) / CELL) + 1 }, (_, step) => first[axis] + step * CELL);
-  return [
-    ...steps(0).map((x) => [[x, first[1], height], [x, last[1], height]]),
-    ...steps(1).map((y) => [[first[0], y, height], [last[0], y, height]]),
-  ];
-}
-
-// Right and up of the screen, and the direction towards the eye, as (right, forward, up) of the room.
-function basis() {
-  const [yaw, pitch] = [state.view.yaw, state.view.pitch].map((degrees) => (degrees * Math.PI) / 180);
-  return {
-    right: [Math.cos(yaw), Math.sin(yaw), 0],
-    up: [-Math.sin(yaw) * Math.sin(pitch), Math.cos(yaw) * Math.sin(pitch), Math.cos(pitch)],
-    near: [Math.sin(yaw) * Math.cos(pitch), -Math.cos(yaw) * Math.cos(pitch), Math.sin(pitch)],
-  };
-}
-
-const dot = (a, b) => a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
-
-function projection() {
-  const { centre, radius } = boundsOf(person());
-  const { right, up, near } = basis();
-  const eye = 5 * radius;
-  const { width, height } = canvasSize();
-  const scale = (0.42 * Math.min(width, height) * state.view.zoom * eye) / radius;
-  return (point) => {
-    const offset = point.map((value, axis) => value - centre[axis]);
-    const depth = Math.max(0.2 * radius, eye - dot(offset, near));
-    const size = scale / depth;
-    return [width / 2 + size * dot(offset, right), 0.48 * height - size * dot(offset, up), depth];
-  };
-}
-
-// The view's units are CSS px, so that letters and joints keep their size on a narrow screen.
-function canvasSize() {
-  const { width, height } = space.getBoundingClientRect();
-  return { width: width || 1, height: height || 1 };
-}
-
-function drawSpace() {
-  const { width, height } = canvasSize();
-  space.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  const project = projection();
-  drawFloor(project);
-  drawAxes();
-  for (const [name, pose] of Object.entries(posesOf(person()))) drawPose(name, pose, project);
-  showName();
-}
-
-function drawFloor(project) {
-  const lines = floorLines(boundsOf(person()));
-  while (scene.floor.children.length < lines.length) make(scene.floor, "line", { class: "floor" });
-  while (scene.floor.children.length > lines.length) scene.floor.lastChild.remove();
-  lines.forEach(([from, to], index) => place(scene.floor.children[index], project(from), project(to)));
-}
-
-function drawAxes() {
-  const { right, up } = basis();
-  const origin = [52, canvasSize().height - 52];
-  const directions = [[1, 0, 0], [0, 0, -1], [0, 1, 0]]; // x right, y down, z forward
-  directions.forEach((direction, index) => {
-    const [x, y] = [dot(direction, right), -dot(direction, up)];
-    const { line, name } = scene.axes[index];
-    place(line, origin, [origin[0] + 30 * x, origin[1] + 30 * y]);
-    name.setAttribute("x", origin[0] + 40 * x - 3);
-    name.setAttribute("y", origin[1] + 40 * y + 4);
-  });
-}
-
-function drawPose(name, pose, project) {
-  const drawn = scene[name];
-  const visible = Boolean(pose) && state.shown[name];
-  drawn.group.style.display = visible ? "" : "none";
-  if (!visible) return;
-  const at = pose.map(upright).map(project);
-  DATA.bones.forEach(([parent, child], bone) => place(drawn.bones[bone], at[parent], at[child]));
-  if (!drawn.joints) return;
-  // What is nearer is drawn later.
-  const depth = ([parent, child]) => at[parent][2] + at[child][2];
-  const order = [...DATA.bones.keys()].sort((a, b) => depth(DATA.bones[b]) - depth(DATA.bones[a]));
-  for (const bone of order) drawn.group.insertBefore(drawn.bones[bone], drawn.joints[0]);
-  drawn.joints.forEach((group, index) => {
-    group.setAttribute("transform", `translate(${at[index][0].toFixed(2)} ${at[index][1].toFixed(2)})`);
-    group.classList.toggle("chosen", index === joint());
-  });
-}
-
-function showName() {
-  scene.name.textContent = joint() === null ? "" : names[joint()];
-}
-
-function turn(yaw, pitch) {
-  state.view.yaw += yaw;
-  state.view.pitch = Math.min(90, Math.max(-90, state.view.pitch + pitch));
-  drawSpace();
-}
-
-function zoom(factor) {
-  state.view.zoom = Math.min(8, Math.max(0.3, state.view.zoom * factor));
-  drawSpace();
-}
-
-function see(view) {
-  state.view = { ...view };
-  drawSpace();
-}
-
-function listenToSpace() {
-  const fingers = new Map();
-  let travelled = 0;
-  const spread = () => {
-    const [a, b] = [...fingers.values()];
-    return Math.hypot(a[0] - b[0], a[1] - b[1]);
-  };
-  space.addEventListener("pointerdown", (event) => {
-    space.setPointerCapture(event.pointerId);
-    fingers.set(event.pointerId, within(space, event));
-    travelled = 0;
-  });
-  space.addEventListener("pointermove", (event) => {
-    const at = within(space, event);
-    const before = fingers.get(event.pointerId);
-    if (!before) return choose(jointInSpace(at));
-    const apart = fingers.size === 2 ? spread() : null;
-    fingers.set(event.pointerId, at);
-    travelled += Math.hypot(at[0] - before[0], at[1] - before[1]);
-    if (fingers.size === 1) turn(-0.5 * (at[0] - before[0]), 0.5 * (at[1] - before[1]));
-    else if (fingers.size === 2 && apart > 0) zoom(spread() / apart);
-  });
-  for (const end of ["pointerup", "pointercancel"]) {
-    space.addEventListener(end, (event) => fingers.delete(event.pointerId));
-  }
-  space.addEventListener("pointerleave", () => choose(null));
-  space.addEventListener("click", (event) => { if (travelled < 5) hold(jointInSpace(within(space, event))); });
-  space.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    zoom(Math.exp(-0.0015 * event.deltaY));
-  }, { passive: false });
-  space.addEventListener("keydown", (event) => {
-    const keys = {
-      ArrowLeft: () => turn(10, 0), ArrowRight: () => turn(-10, 0),
-      ArrowUp: () => turn(0, -10), ArrowDown: () => turn(0, 10),
-      "+": () => zoom(1.2), "=": () => zoom(1.2), "-": () => zoom(1 / 1.2), 0: () => see(HOME),
-    };
-    if (!(event.key in keys) || event.ctrlKey || event.metaKey) return;
-    keys[event.key]();
-    event.preventDefault();
-    event.stopPropagation();
-  });
-}
-
-function jointInSpace(at) {
-  if (!state.shown.refined) return null;
-  return nearest(posesOf(person()).refined.map(upright).map(projection()), at, REACH);
+// Around every pose of this person, so that nothing jumps when the retention changes.
+function showSpace() {
+  const { truth, refined, coarse } = posesOf(person());
+  const { shown } = state;
+  skeleton.setPoses({
+    truth: { joints: truth, visible: shown.truth },
+    refined: { joints: refined, visible: shown.refined, dots: true },
+    coarse: { joints: coarse, visible: shown.coarse },
+  }, [...person().refined, person().coarse, person().truth].filter(Boolean).flat());
 }
 
 // --- figures ----------------------------------------------------------------------------------------------------
@@ -534,7 +334,7 @@ function buildSwitches() {
     box.checked = true;
     box.addEventListener("change", () => {
       state.shown[pose] = box.checked;
-      drawSpace();
+      showSpace();
     });
   }
 }
@@ -582,6 +382,7 @@ function showPerson(index) {
   if (hasPatches) showKept();
   placeFigure();
   showSwitches();
+  showSpace();
   showJoint();
 }
 
@@ -606,7 +407,7 @@ function buildPatches() {
   slider.addEventListener("input", () => {
     state.stop = Number(slider.value);
     showKept();
-    drawSpace();
+    showSpace();
     showErrors();
   });
   const step = Math.max(...DATA.people.flatMap((of) => of.attention.map((map) => map.step)));
@@ -630,13 +431,12 @@ document.body.classList.toggle("patches", hasPatches);
 document.querySelector("main").classList.toggle("plain", !hasPatches);
 for (const item of document.querySelectorAll(".patches-only")) item.hidden = !hasPatches;
 for (const item of document.querySelectorAll(".places-only")) item.hidden = !DATA.blocks;
-byId("reset").addEventListener("click", () => see(HOME));
-byId("camera").addEventListener("click", () => see(CAMERA));
-byId("closer").addEventListener("click", () => zoom(1.2));
-byId("farther").addEventListener("click", () => zoom(1 / 1.2));
+byId("reset").addEventListener("click", skeleton.reset);
+byId("camera").addEventListener("click", () => skeleton.see(CAMERA));
+byId("closer").addEventListener("click", () => skeleton.zoom(1.2));
+byId("farther").addEventListener("click", () => skeleton.zoom(1 / 1.2));
 document.addEventListener("keydown", pressKey);
 buildFigure();
-buildSpace();
 buildSwitches();
 buildPersons();
 if (hasPatches) buildPatches();
