@@ -1,6 +1,7 @@
 """Pictures of the pages that the library writes, for the documentation.
 
     PYTHONPATH=tests python docs/screenshots.py viewer        # docs/images/viewer-light.png, viewer-dark.png
+    PYTHONPATH=tests python docs/screenshots.py profile       # profile-{light,dark}.png, of profile/profile.html
 
 It needs Chromium and playwright, as the tests of the pages do.
 """
@@ -50,7 +51,23 @@ def _take(path: Path, name: str, dark: bool, prepare: Callable[[Page], None]) ->
         shown.assert_alone()
 
 
-PICTURES = {"viewer": viewer_pictures}
+def profile_pictures() -> None:
+    """The report that docs/profile.md's command wrote into `profile/`, its last batch size, with a part pointed at."""
+    for name, dark in (("profile-light.png", False), ("profile-dark.png", True)):
+        _take(Path("profile/profile.html"), name, dark=dark, prepare=_point)
+
+
+def _point(shown: Page) -> None:
+    page = shown.page
+    page.set_viewport_size({"width": 1280, "height": 1500})
+    page.locator("section").last.scroll_into_view_if_needed()
+    page.locator("section").last.evaluate("section => section.scrollIntoView()")
+    page.locator("tr:not(.whole) td:first-child", has_text="stage 1 layer 1: attention").last.evaluate(
+        "cell => cell.dispatchEvent(new PointerEvent('pointerover', { bubbles: true }))"
+    )
+
+
+PICTURES = {"viewer": viewer_pictures, "profile": profile_pictures}
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or PICTURES:

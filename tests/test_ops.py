@@ -390,6 +390,22 @@ def test_compile_chooses_the_backend_and_keeps_one_tensor_one(op):
     torch.testing.assert_close(compiled(**inputs), getattr(ops, op)(**inputs)[0])
 
 
+def test_compiled_gradients_of_attention_without_importance():
+    torch.compiler.reset()
+    inputs = make_inputs("attend_patches", Case("one"), torch.float32)
+    gradients = []
+    for wrap in (lambda call: call, lambda call: torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = differentiable(inputs, torch.float32)
+        call = wrap(
+            lambda **arguments: (
+                ops.attend_patches(**{**arguments, "need_importance": False, "need_attention": False}).context
+            )
+        )
+        call(**leaves).square().sum().backward()
+        gradients.append([leaf.grad for leaf in named_tensors(leaves).values()])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("op, backend", OP_BACKENDS)
 def test_autocast_casts_inputs(op, backend):
     inputs = make_inputs(op, SMALL[op], torch.float32, device_of(backend))

@@ -1,0 +1,54 @@
+"""Every script in examples/, run as a user runs it: it checks itself, and says what examples/README.md promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SAID = {
+    "compile_the_lifter.py": r"Inference: one graph, outputs equal\.\n"
+    r"Training step: one graph, \d+ gradients equal\.\n",
+    "cuda_graph.py": (
+        r"Replayed outputs equal the eager ones\.\n"
+        if torch.cuda.is_available()
+        else r"Skipped: a CUDA graph needs a CUDA device\.\n"
+    ),
+    "export_the_lifter.py": r"torch\.export: the program's poses equal the module's\.\n"
+    r"ONNX Runtime, batch 2: poses within 0\.0\d+ mm of the fused lifter's\.\n"
+    r"ONNX Runtime, batch 5: poses within 0\.0\d+ mm of the fused lifter's\.\n",
+    "ops_in_a_training_loop.py": r"Gradients by the backend \w+ equal the reference's\.\n"
+    r"Loss [\d.]+ before, [\d.]+ after 200 steps\.\n",
+    "precomputed_features.py": r"Poses from stored features are within [\d.]+ mm of those of the encoder\.\n"
+    r"Loss [\d.]+ before, [\d.]+ after 20 steps without the encoder\.\n",
+    "replace_cross_attention.py": r"Decoder layer: outputs and gradients equal, [\d.]+x as fast in inference here\.\n"
+    r"Cross-attention: outputs and gradients equal, [\d.]+x as fast in inference here\.\n",
+}
+
+
+def test_every_example_is_tried_and_named() -> None:
+    scripts = {path.name for path in EXAMPLES.glob("*.py")}
+    assert scripts == set(SAID)
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert scripts == set(re.findall(r"\(([a-z_]+\.py)\)", page))
+
+
+@pytest.mark.parametrize("name", sorted(SAID))
+def test_example(name: str, tmp_path: Path) -> None:
+    if name == "export_the_lifter.py":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # a user has no interpreter
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(SAID[name], run.stdout), run.stdout
+    assert list(tmp_path.iterdir()) == []
