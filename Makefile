@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test check bench package gpu train-demo clean
+.PHONY: setup demo test check docs bench package gpu train-demo clean
 
 setup: $(VENV)/.built
 
@@ -21,6 +21,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, in site/: a broken link, an anchor that is not there or a page outside the contents is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only

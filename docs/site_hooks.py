@@ -1,0 +1,95 @@
+"""What the documentation site is made of beyond the files in docs: the repository's own pages, and what is generated.
+
+Pages link to each other as files of the repository, so that they also read well there; here those links are turned into
+links between pages. A link to a file that is no page becomes its text.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+from mkdocs.structure.files import File, Files
+from rich.console import Console
+
+from liftbyimage import cli, doctor
+
+ROOT = Path(__file__).resolve().parents[1]
+# Page of the site → file of the repository
+BROUGHT = {
+    "index.md": "README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "examples.md": "examples/README.md",
+}
+DOCTOR = "<!-- doctor's output -->"
+_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for page, source in BROUGHT.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    files.append(File.generated(config, "reference/options.md", content=options()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    uri = page.file.src_uri
+    source = BROUGHT.get(uri, f"docs/{uri}")
+    if DOCTOR in markdown:
+        markdown = markdown.replace(DOCTOR, f"```text\n{doctor_output()}```")
+    return _LINK.sub(lambda link: _as_page_link(link, uri, source, files), markdown)
+
+
+def _as_page_link(link: re.Match[str], uri: str, source: str, files: Files) -> str:
+    mark, text, target = link.groups()
+    path, _, anchor = target.partition("#")
+    if not path or "://" in path or path.startswith("mailto:"):
+        return link[0]
+    in_repository = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+    pages = {file: page for page, file in BROUGHT.items()}
+    there = pages.get(in_repository, in_repository.removeprefix("docs/"))
+    if files.get_file_from_path(there) is None:
+        if not (ROOT / in_repository).exists():
+            return link[0]  # which the strict build then reports
+        return text
+    relative = posixpath.relpath(there, posixpath.dirname(uri) or ".")
+    return f"{mark}[{text}]({relative}{'#' + anchor if anchor else ''})"
+
+
+def options() -> str:
+    """Every command of the program with its arguments and options, as the program itself states them."""
+    group = typer.main.get_command(cli.app)
+    lines = [
+        "# Every option",
+        "",
+        "As `liftbyimage COMMAND --help` states it; [the command line](../cli.md) says more.",
+        "",
+    ]
+    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
+        lines += [f"## {name}", "", str(command.help or ""), "", "| | | default |", "| --- | --- | --- |"]
+        for parameter in command.params:
+            if parameter.name == "help":
+                continue
+            names = ", ".join(f"`{word}`" for word in (*parameter.opts, *parameter.secondary_opts))
+            shown = f"`{parameter.name}`" if parameter.param_type_name == "argument" else names
+            default = parameter.default
+            plain = (
+                "" if default in (None, False) or callable(default) or "Sentinel" in repr(default) else f"`{default}`"
+            )
+            about = " ".join(str(getattr(parameter, "help", "") or "").split())
+            about = re.sub(r"([\[\]|<])", r"\\\1", about)
+            lines.append(f"| {shown} | {about} | {plain} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def doctor_output() -> str:
+    """What `liftbyimage doctor` says where the site is built."""
+    console = Console(file=io.StringIO(), width=110, record=True)
+    doctor.print_report(console, doctor.report())
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
