@@ -106,7 +106,7 @@ def test_the_source_archive_holds_what_a_build_and_the_tests_need(built: tuple[P
     with tarfile.open(built[0]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     single = {"LICENSE", "README.md", "CHANGELOG.md", "setup.py", "pyproject.toml", "constraints.txt", "Makefile"}
-    folders = _files("liftbyimage", "csrc", "kernels", "tests", "bench", "docs")
+    folders = _files("liftbyimage", "csrc", "kernels", "tests", "bench", "docs", "examples")
     assert (single | folders) - held == set()
     assert [name for name in held if name.endswith(BUILT)] == []
 
