@@ -1,7 +1,12 @@
 """torch.compile of the lifter as one graph, in inference and in a training step.
 
-Prints that compiled and eager outputs are equal. The ops stay what they are; the compiler works on what lies between.
+Prints that compiled and eager outputs are equal, and the ratio of their times. The ops stay what they are; the compiler
+works on what lies between.
 """
+
+import statistics
+import timeit
+from functools import partial
 
 import torch
 
@@ -18,7 +23,10 @@ def main() -> None:
     compiled = torch.compile(lifter, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(features, pose_2d).pose_3d, lifter(features, pose_2d).pose_3d)
-    print("Inference: one graph, outputs equal.")
+        in_turn = [partial(each, features, pose_2d) for each in (lifter, compiled)]
+        seconds = [[timeit.timeit(function, number=1) for function in in_turn] for _ in range(20)]
+    before, after = (statistics.median(taken) for taken in zip(*seconds, strict=True))
+    print(f"Inference: one graph, outputs equal, {before / after:.1f}x as fast as eager here.")
 
     gradients = []
     for step in (lifter, torch.compile(lifter, fullgraph=True)):

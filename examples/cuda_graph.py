@@ -12,7 +12,7 @@ CONFIG = LiftByImageConfig(image_channels=8, grid=(8, 6), dim=32, heads=4)
 
 def main() -> None:
     if not torch.cuda.is_available():
-        print("Skipped: a CUDA graph needs a CUDA device.")
+        print("skipped: a CUDA graph needs a CUDA device.")
         return
     torch.manual_seed(0)
     lifter = LiftByImage(CONFIG).eval().cuda()
