@@ -7,6 +7,7 @@ links between pages. A link to a file that is no page becomes its text.
 from __future__ import annotations
 
 import io
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -27,14 +28,34 @@ BROUGHT = {
     "examples.md": "examples/README.md",
 }
 DOCTOR = "<!-- doctor's output -->"
+OFFLINE_SEARCH = "assets/offline-search.js"
+SEARCH_WORKER = re.compile(r"assets/javascripts/workers/search\..*\.js")
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+
+
+def on_config(config: Any) -> Any:
+    # In place of the script that the offline plugin would load from the network.
+    config.extra["polyfills"] = [OFFLINE_SEARCH]
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
     for page, source in BROUGHT.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     files.append(File.generated(config, "reference/options.md", content=options()))
+    worker = next(file for file in files if SEARCH_WORKER.fullmatch(file.src_uri))
+    files.append(File.generated(config, OFFLINE_SEARCH, content=offline_search(worker.content_string)))
     return files
+
+
+def offline_search(worker: str) -> str:
+    """The script with which pages opened as files can be searched: browsers start no worker from a file, but from a
+    text that the page holds they do."""
+    return f"""if (location.protocol === "file:") {{
+  const source = URL.createObjectURL(new Blob([{json.dumps(worker)}], {{ type: "text/javascript" }}));
+  window.Worker = class extends Worker {{ constructor() {{ super(source); }} }};
+}}
+"""
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
@@ -71,7 +92,7 @@ def options() -> str:
         "",
     ]
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
-        lines += [f"## {name}", "", str(command.help or ""), "", "| | | default |", "| --- | --- | --- |"]
+        lines += [f"## {name}", "", str(command.help or ""), "", "| option | what it says | default |", "| --- | --- | --- |"]
         for parameter in command.params:
             if parameter.name == "help":
                 continue
