@@ -92,7 +92,14 @@ def options() -> str:
         "",
     ]
     for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
-        lines += [f"## {name}", "", str(command.help or ""), "", "| option | what it says | default |", "| --- | --- | --- |"]
+        lines += [
+            f"## {name}",
+            "",
+            str(command.help or ""),
+            "",
+            "| option | what it says | default |",
+            "| --- | --- | --- |",
+        ]
         for parameter in command.params:
             if parameter.name == "help":
                 continue

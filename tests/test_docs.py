@@ -6,29 +6,90 @@ import ast
 import importlib
 import re
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
+import yaml
+from browser import opened, until
 
 from liftbyimage import cli, models, nn, ops
+from liftbyimage.ops._explain import OPS, backends_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "examples" / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+REFERENCED = re.compile(r":::|\s+- \w+$")  # an object of mkdocstrings, or one of the members asked of it
 
 
 @pytest.mark.parametrize(("module", "page"), [(ops, "ops"), (nn, "nn"), (models, "models")])
-def test_every_public_name_is_in_the_reference(module: object, page: str) -> None:
-    named = {line.rpartition(".")[2] for line in (DOCS / "reference" / f"{page}.md").read_text().split("\n")}
-    results = {name for name in module.__all__ if issubclass(type(getattr(module, name)), type) and page == "ops"}
-    assert set(module.__all__) - results <= named  # what ops return is described where they are
+def test_every_public_name_is_in_the_reference(module: ModuleType, page: str) -> None:
+    text = (DOCS / "reference" / f"{page}.md").read_text(encoding="utf-8")
+    named = {line.split()[1].rpartition(".")[2] for line in text.splitlines() if REFERENCED.match(line)}
+    assert set(module.__all__) - named == set()
 
 
-def test_every_page_is_in_the_contents() -> None:
-    contents = (ROOT / "mkdocs.yml").read_text()
-    missing = [page for path in DOCS.rglob("*.md") if (page := str(path.relative_to(DOCS))) not in contents]
-    assert missing == []
+def test_the_contents_name_every_page_once_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(DOCS))
+    generated = [*importlib.import_module("site_hooks").BROUGHT, "reference/options.md"]
+    contents = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    written = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    assert sorted(pages_in(contents)) == sorted([*written, *generated])
+
+
+def pages_in(contents: list[Any] | dict[str, Any] | str) -> list[str]:
+    if isinstance(contents, str):
+        return [contents]
+    parts = contents.values() if isinstance(contents, dict) else contents
+    return [page for part in parts for page in pages_in(part)]
+
+
+def test_the_table_of_backends_says_what_the_ops_have() -> None:
+    table = re.findall(r"^\| (`.*) \|$", (DOCS / "backends.md").read_text(encoding="utf-8"), re.MULTILINE)
+    stated = {}
+    for row in table:
+        names, *cells = row.split(" | ")
+        for name in re.findall("`(.*?)`", names):
+            assert name not in stated
+            stated[name] = {
+                backend
+                for backend, cell in zip(("reference", "cpu", "triton", "cuda"), cells, strict=True)
+                if cell != "–"
+            }
+    assert stated == {op: {backend.name for backend in backends_of(op)} for op in OPS}
+
+
+def test_troubleshooting_quotes_the_librarys_own_messages() -> None:
+    pieces, whole = strings_of([ROOT / "setup.py", *(ROOT / "liftbyimage").rglob("*.py")])
+    first_cells = re.findall(
+        r"^\| (?!message)(`.*?) \|", (DOCS / "troubleshooting.md").read_text("utf-8"), re.MULTILINE
+    )
+    messages = [code[1].strip() for cell in first_cells for code in re.finditer(r"(?<!`)`{1,2}(?!`)(.+?)`{1,2}$", cell)]
+    assert len(messages) > 10
+    foreign = [message for message in messages if message.startswith("ModuleNotFoundError")]
+    for message in set(messages) - set(foreign):
+        fragments = [fragment.strip() for fragment in message.split("…")]
+        known = any(template.fullmatch(message) for template in whole) or all(part in pieces for part in fragments)
+        assert known, message
+
+
+def strings_of(sources: list[Path]) -> tuple[str, list[re.Pattern[str]]]:
+    """Every string of the sources, and those with values in them as patterns."""
+    pieces, whole = [], []
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                pieces.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                constants = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+                if sum(len(str(part)) for part in constants if part) > 20:
+                    whole.append(
+                        re.compile("".join(".*" if part is None else re.escape(str(part)) for part in constants))
+                    )
+    return "\n".join(pieces), whole
 
 
 def test_every_option_is_in_the_generated_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +122,23 @@ def test_links_become_links_between_pages(monkeypatch: pytest.MonkeyPatch) -> No
     )
     expected = "[a](../index.md#measured) ![b](../images/a.png) c [d](nowhere.md) [e](https://x.org/y)"
     assert hooks.on_page_markdown(given, Page, None, Known()) == expected
+
+
+def test_pages_opened_as_files_start_the_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(DOCS))
+    worker = 'onmessage = (event) => postMessage("found " + event.data);'
+    (tmp_path / "search.js").write_text(importlib.import_module("site_hooks").offline_search(worker))
+    (tmp_path / "page.html").write_text(
+        """<!doctype html><title></title><script src="search.js"></script><script>
+        const search = new Worker("file:///nowhere/worker.js");
+        search.onmessage = (event) => { document.title = event.data; };
+        search.postMessage("joints");
+        </script>"""
+    )
+    with opened(tmp_path / "page.html") as shown:
+        until(lambda: shown.page.title() == "found joints")
+        shown.assert_alone()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
