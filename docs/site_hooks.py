@@ -100,24 +100,32 @@ def options() -> str:
             "| option | what it says | default |",
             "| --- | --- | --- |",
         ]
-        for parameter in command.params:
-            if parameter.name == "help":
-                continue
-            names = ", ".join(f"`{word}`" for word in (*parameter.opts, *parameter.secondary_opts))
-            shown = f"`{parameter.name}`" if parameter.param_type_name == "argument" else names
-            default = parameter.default
-            plain = (
-                "" if default in (None, False) or callable(default) or "Sentinel" in repr(default) else f"`{default}`"
-            )
-            about = " ".join(str(getattr(parameter, "help", "") or "").split())
-            about = re.sub(r"([\[\]|<])", r"\\\1", about)
-            lines.append(f"| {shown} | {about} | {plain} |")
+        lines += [_option(parameter) for parameter in command.params if parameter.name != "help"]
         lines.append("")
     return "\n".join(lines)
 
 
+def _option(parameter: Any) -> str:
+    """One row: how it is written, what it says, and what a command does without it."""
+    words = [parameter.metavar or parameter.name]
+    if parameter.param_type_name == "option":
+        value = f" {parameter.metavar}" if parameter.metavar else ""
+        words = [f"{word}{value}" for word in (*parameter.opts, *parameter.secondary_opts)]
+    about = re.sub(r"([\[\]|<])", r"\\\1", " ".join((parameter.help or "").split()))
+    return f"| {', '.join(f'`{word}`' for word in words)} | {about} | {_default(parameter)} |"
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "needed"
+    if isinstance(parameter.default, bool):
+        return f"`{parameter.opts[0]}`" if parameter.default else ""
+    plain = isinstance(parameter.default, str | int | float | Path) and parameter.default != ""
+    return f"`{parameter.default}`" if plain else ""
+
+
 def doctor_output() -> str:
     """What `liftbyimage doctor` says where the site is built."""
-    console = Console(file=io.StringIO(), width=110, record=True)
+    console = Console(file=io.StringIO(), width=94, record=True)
     doctor.print_report(console, doctor.report())
     return "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
