@@ -126,6 +126,6 @@ def _default(parameter: Any) -> str:
 
 def doctor_output() -> str:
     """What `liftbyimage doctor` says where the site is built."""
-    console = Console(file=io.StringIO(), width=94, record=True)
+    console = Console(file=io.StringIO(), width=92, record=True)
     doctor.print_report(console, doctor.report())
     return "\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n"
