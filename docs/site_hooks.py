@@ -74,7 +74,8 @@ def _as_page_link(link: re.Match[str], uri: str, source: str, files: Files) -> s
     in_repository = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     pages = {file: page for page, file in BROUGHT.items()}
     there = pages.get(in_repository, in_repository.removeprefix("docs/"))
-    if files.get_file_from_path(there) is None:
+    file = files.get_file_from_path(there)
+    if file is None or file.inclusion.is_excluded():
         if not (ROOT / in_repository).exists():
             return link[0]  # which the strict build then reports
         return text

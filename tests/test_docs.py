@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,7 +109,8 @@ def test_every_option_is_in_the_generated_page(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_links_become_links_between_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mkdocs")
+    structure = pytest.importorskip("mkdocs.structure.files")
+    File, InclusionLevel = structure.File, structure.InclusionLevel
     monkeypatch.syspath_prepend(str(DOCS))
     hooks = importlib.import_module("site_hooks")
 
@@ -116,14 +119,33 @@ def test_links_become_links_between_pages(monkeypatch: pytest.MonkeyPatch) -> No
             src_uri = "kernels/factored.md"
 
     class Known:
-        def get_file_from_path(self, path: str) -> object:
-            return path if path in ("index.md", "kernels/factored.md", "images/a.png") else None
+        def get_file_from_path(self, path: str) -> Any:
+            inclusion = {"live_picture.py": InclusionLevel.EXCLUDED}.get(path, InclusionLevel.INCLUDED)
+            known = path in ("index.md", "kernels/factored.md", "images/a.png", "live_picture.py")
+            return File(path, "docs", "site", False, inclusion=inclusion) if known else None
 
-    given = (
-        "[a](../../README.md#measured) ![b](../images/a.png) [c](../../setup.py) [d](nowhere.md) [e](https://x.org/y)"
-    )
-    expected = "[a](../index.md#measured) ![b](../images/a.png) c [d](nowhere.md) [e](https://x.org/y)"
+    given = "[f](../live_picture.py) [a](../../README.md#measured) ![b](../images/a.png) [c](../../setup.py) [d](nowhere.md) [e](https://x.org/y)"
+    expected = "f [a](../index.md#measured) ![b](../images/a.png) c [d](nowhere.md) [e](https://x.org/y)"
     assert hooks.on_page_markdown(given, Page, None, Known()) == expected
+
+
+def test_a_broken_link_fails_the_build_as_make_runs_it(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    [options] = re.findall(
+        r"\$\(BIN\)/mkdocs (build .*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "mkdocs.yml").write_text("site_name: small\n")
+
+    def build(text: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "docs" / "index.md").write_text(text)
+        command = [sys.executable, "-m", "mkdocs", *options.split()]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert build("# Home\n").returncode == 0
+    broken = build("[x](nowhere.md)\n")
+    assert broken.returncode == 1
+    assert "nowhere.md" in broken.stderr
 
 
 def test_pages_opened_as_files_start_the_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

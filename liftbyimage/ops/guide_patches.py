@@ -5,7 +5,7 @@
     channels_out = [X | Aᵀ]              row r = h·J + j of A is channel W + r   [B, P, W + H·J]
 
 It is the pose-guided attention of tokens that are kept as channels X and an embedding: T = X W_in + b becomes
-T + Aᵀ U = [X | Aᵀ] [W_in ; U] + b, so nothing of width D is formed (docs/kernels/factored.md). A is written once,
+`T + Aᵀ U = [X | Aᵀ] [W_in ; U] + b`, so nothing of width D is formed (docs/kernels/factored.md). A is written once,
 beside the channels that the next layer reads with it.
 
 Source: F. Zhou, J. Yin, P. Li, "Lifting by Image", AAAI 2024, Eq. 2, with the update left factored.
