@@ -124,7 +124,10 @@ def test_links_become_links_between_pages(monkeypatch: pytest.MonkeyPatch) -> No
             known = path in ("index.md", "kernels/factored.md", "images/a.png", "live_picture.py")
             return File(path, "docs", "site", False, inclusion=inclusion) if known else None
 
-    given = "[f](../live_picture.py) [a](../../README.md#measured) ![b](../images/a.png) [c](../../setup.py) [d](nowhere.md) [e](https://x.org/y)"
+    given = (
+        "[f](../live_picture.py) [a](../../README.md#measured) ![b](../images/a.png) "
+        "[c](../../setup.py) [d](nowhere.md) [e](https://x.org/y)"
+    )
     expected = "f [a](../index.md#measured) ![b](../images/a.png) c [d](nowhere.md) [e](https://x.org/y)"
     assert hooks.on_page_markdown(given, Page, None, Known()) == expected
 
