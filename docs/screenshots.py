@@ -60,7 +60,6 @@ def profile_pictures() -> None:
 def _point(shown: Page) -> None:
     page = shown.page
     page.set_viewport_size({"width": 1280, "height": 1500})
-    page.locator("section").last.scroll_into_view_if_needed()
     page.locator("section").last.evaluate("section => section.scrollIntoView()")
     page.locator("tr:not(.whole) td:first-child", has_text="stage 1 layer 1: attention").last.evaluate(
         "cell => cell.dispatchEvent(new PointerEvent('pointerover', { bubbles: true }))"

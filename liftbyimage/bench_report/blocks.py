@@ -19,7 +19,7 @@ from pathlib import Path
 from liftbyimage._files import require_file, write_atomically
 from liftbyimage.bench_report import compare as comparing
 from liftbyimage.bench_report.results import read_machines
-from liftbyimage.bench_report.tables import Report, summary, table
+from liftbyimage.bench_report.tables import Report
 
 _BEGIN = re.compile(r"<!-- measured:begin (?P<source>.*) -->\s*")
 _END = re.compile(r"<!-- measured:end -->\s*")
@@ -101,6 +101,5 @@ def _content(label: str, source: str, folder: Path) -> str:
 def make_report(files: list[Path], summarised: bool, only: list[str], old: list[Path]) -> Report:
     """The report of results, or of their comparison with `old` where that names any."""
     machines = read_machines(files, only)
-    if old:
-        return comparing.report(comparing.compare(read_machines(old, only), machines), summarised)
-    return summary(machines) if summarised else table(machines)
+    comparison = comparing.compare(read_machines(old, only), machines) if old else None
+    return comparing.chosen_report(machines, comparison, summarised)

@@ -52,7 +52,7 @@ def run(options: Options, say: Callable[[str], None], note: Callable[[str], None
     if options.json:
         say(json.dumps(_data(options, machines, comparison), indent=1, allow_nan=False))
     elif not written:
-        say(_report(options, machines, comparison).markdown())
+        say(comparing.chosen_report(machines, comparison, options.summary).markdown())
     elif comparison is not None:
         say(comparing.verdict(comparison))
     return REGRESSED if comparison is not None and comparison.marked(comparing.SLOWER) else 0
@@ -70,12 +70,6 @@ def _check(options: Options) -> None:
         from liftbyimage.bench_report import plots
 
         plots.check(options.figure, options.plot)
-
-
-def _report(options: Options, machines: list[Machine], comparison: comparing.Comparison | None) -> tables.Report:
-    if comparison is not None:
-        return comparing.report(comparison, options.summary)
-    return tables.summary(machines) if options.summary else tables.table(machines)
 
 
 def _data(options: Options, machines: list[Machine], comparison: comparing.Comparison | None) -> dict[str, object]:
@@ -98,6 +92,6 @@ def _write(options: Options, machines: list[Machine], comparison: comparing.Comp
         if options.html is not None:
             from liftbyimage.bench_report.page import write
 
-            write(options.html, _report(options, machines, comparison), shown, labels)
+            write(options.html, comparing.chosen_report(machines, comparison, options.summary), shown, labels)
             written.append(options.html)
     return written

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from liftbyimage.bench_report import tables
 from liftbyimage.bench_report.results import REFERENCE, Machine, Row, named
 from liftbyimage.bench_report.tables import NO_FIGURE, Report, machine_data, provenance, significant
 
@@ -174,6 +175,13 @@ def report(comparison: Comparison, summarised: bool = False) -> Report:
     old, new = (provenance([machine])[0] for machine in (comparison.old, comparison.new))
     before = [f"Old: {old}", f"New: {new}", *_other_versions(comparison), _drift(comparison), verdict(comparison)]
     return Report(before, COLUMNS, 3, rows, _only_in_one(comparison))
+
+
+def chosen_report(machines: Sequence[Machine], comparison: Comparison | None, summarised: bool) -> Report:
+    """What there is to print: a comparison, else the machines' rows or one line per work."""
+    if comparison is not None:
+        return report(comparison, summarised)
+    return tables.summary(machines) if summarised else tables.table(machines)
 
 
 def verdict(comparison: Comparison) -> str:

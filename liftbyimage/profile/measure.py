@@ -168,16 +168,15 @@ def _run(
             refused[name] = str(error)
     rounds = min(max(int(seconds / max(seconds_of(ours.call, device), 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
     subjects = [ours] if plain is None else [ours, plain]
-    whole: dict[str, list[float]] = defaultdict(list)
+    calls = {"ours": ours.call, **({} if plain is None else {"reference": plain.call}), **peers}
+    whole: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):  # in turn, so that a change of the machine's speed meets all alike
         for subject in subjects:
             subject.time_parts()
-        whole["ours"].append(seconds_of(ours.call, device))
-        if plain is not None:
-            whole["plain"].append(seconds_of(plain.call, device))
-        for name, call in peers.items():
+        for name, call in calls.items():
             whole[name].append(seconds_of(call, device))
-    parts = tuple(_part(name, ours, plain, ceilings) for name in ours.counts)
+    peaks = scopes.peaks(ours.scopes, ours.call, device)
+    parts = tuple(_part(name, ours, plain, peaks, ceilings) for name in ours.counts)
     total = _whole(ours, plain, whole, ceilings, device)
     timed = [_peer_row(name, whole[name], whole["ours"]) for name in peers]
     rows = (*timed, *(Peer(name, None, None, reason) for name, reason in refused.items()))
@@ -190,11 +189,9 @@ class _Subject:
 
     def __init__(self, model: Pipeline | PlainPipeline, call: Callable[[], Any], device: str) -> None:
         self.scopes, self.call, self.device = scopes_of(model), call, device
-        output = call()
-        if not scopes.is_finite(output):
+        if not all(torch.isfinite(value).all() for value in tensors_of(call()).values()):
             raise ValueError("profile: the pose is not finite: the weights are broken")
         self.counts = scopes.count(model, self.scopes, call, REST)
-        self.peaks = scopes.peaks(self.scopes, call, device)
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def time_parts(self) -> None:
@@ -228,17 +225,17 @@ def _peer_row(name: str, theirs: list[float], ours: list[float]) -> Peer:
     return Peer(name, 1e3 * middle, middle / statistics.median(ours), None)
 
 
-def _part(name: str, ours: _Subject, plain: _Subject | None, ceilings: Ceilings) -> Part:
+def _part(name: str, ours: _Subject, plain: _Subject | None, peaks: dict[str, int], ceilings: Ceilings) -> Part:
     counts, peer = ours.counts[name], None if plain is None else plain.counts.get(name)
     reference = None if plain is None or peer is None else 1e3 * statistics.median(plain.seconds[name])
-    return _row(name, ours.seconds[name], [counts], ours.peaks.get(name), ceilings, peer and peer.flops, reference)
+    return _row(name, ours.seconds[name], [counts], peaks.get(name), ceilings, peer and peer.flops, reference)
 
 
 def _whole(
     ours: _Subject, plain: _Subject | None, whole: dict[str, list[float]], ceilings: Ceilings, device: str
 ) -> Part:
     flops = None if plain is None else sum(counts.flops for counts in plain.counts.values())
-    reference = None if plain is None else 1e3 * statistics.median(whole["plain"])
+    reference = None if plain is None else 1e3 * statistics.median(whole["reference"])
     peak = counting.peak_memory(ours.call, device)
     return _row("whole", whole["ours"], list(ours.counts.values()), peak, ceilings, flops, reference)
 

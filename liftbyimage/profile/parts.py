@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from liftbyimage import reference
 from liftbyimage.models import ContextAwarePoseFormer, LiftByImage, Pipeline
-from liftbyimage.nn import FactoredPatches
 from liftbyimage.profile.scopes import Scope
 
 REST = "rest"
@@ -50,21 +49,23 @@ def scopes_of(model: Pipeline | PlainPipeline) -> list[Scope]:
     lifter = model.lifter
     if hasattr(lifter, "stage1"):
         return scopes + _lift_by_image_scopes(lifter)
-    named = [(name, module) for name, module in lifter.named_children() if not isinstance(module, nn.ModuleList)]
-    lists = [(name, module) for name, module in lifter.named_children() if isinstance(module, nn.ModuleList)]
-    for name, modules in lists:
+    return scopes + _other_scopes(lifter)
+
+
+def _other_scopes(lifter: nn.Module) -> list[Scope]:
+    """A lifter's own children, and those of its lists one by one; what first reads the maps is one part."""
+    scopes = [Scope(_EMBED_LEVELS, lifter, "embed_levels")] if hasattr(lifter, "embed_levels") else []
+    for name, child in lifter.named_children():
         if name == "feat_embed":
-            named.append(("embed levels", modules))
+            scopes += [Scope(_EMBED_LEVELS, module) for module in child.children()]
+        elif isinstance(child, nn.ModuleList):
+            scopes += [Scope(f"{name} {i}", module) for i, module in enumerate(child)]
         else:
-            scopes += [Scope(f"{name} {i}", module) for i, module in enumerate(modules)]
-    if hasattr(lifter, "embed_levels"):
-        scopes.append(Scope("embed levels", lifter, "embed_levels"))
-    elif hasattr(lifter, "feat_embed"):
-        scopes += [Scope("embed levels", module) for module in lifter.feat_embed]
-    return scopes + [Scope(_LABELS.get(name, name), module) for name, module in named if name != "embed levels"]
+            scopes.append(Scope(_EMBED_POSE if name in ("coord_embed", "pose_embed") else name, child))
+    return scopes
 
 
-_LABELS = {"coord_embed": "embed pose", "pose_embed": "embed pose", "head": "head", "selection": "select patches"}
+_EMBED_LEVELS, _EMBED_POSE = "embed levels", "embed pose"
 
 
 def _encoder_scopes(encoder: nn.Module | None, reads: str | None) -> list[Scope]:
@@ -85,7 +86,7 @@ _PIECES = 3  # levels below an encoder's child that are looked at
 
 def _lift_by_image_scopes(lifter: nn.Module) -> list[Scope]:
     ours = isinstance(lifter, LiftByImage)
-    scopes = [Scope("embed pose", lifter.pose_embed)]
+    scopes = [Scope(_EMBED_POSE, lifter.pose_embed)]
     if ours:
         scopes += [Scope("embed patches", lifter, "embed_patches"), Scope("select patches", lifter.selection)]
         scopes += [Scope("stage 2, rest", lifter, "explore")]
@@ -122,6 +123,4 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
     """The floating-point results of a lifter by name; which patches were kept may differ by rounding."""
     if isinstance(output, Tensor):
         return {"pose_3d": output}
-    names = ("pose_3d", "coarse_pose_3d", "importance")
-    values = [part.dense() if isinstance(part, FactoredPatches) else part for part in output]
-    return dict(zip(names, values, strict=False))
+    return dict(zip(("pose_3d", "coarse_pose_3d", "importance"), output, strict=False))

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -167,7 +166,3 @@ def peaks(scopes: Sequence[Scope], call: Callable[[], Any], device: str) -> dict
 
 
 _PREFIX = "liftbyimage part: "
-
-
-def is_finite(values: Any) -> bool:
-    return all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
