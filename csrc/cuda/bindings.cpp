@@ -38,7 +38,8 @@ void check_launch(cudaError_t error, const char* op) {
 cudaStream_t current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA streams");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch gives no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
