@@ -20,6 +20,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+HOPPER_SOURCES = ("tensor_attention.cu",)  # in csrc/cuda
 PROCESSOR = runpy.run_path(str(ROOT / "liftbyimage" / "_processor.py"))
 
 
@@ -111,6 +112,12 @@ def cuda_targets() -> list[str]:
     return targets or ["sm_80", "sm_90a", "compute_90"]
 
 
+def targets_of(source: Path) -> list[str]:
+    """The targets that a source is compiled for: what only Hopper can run, for sm_90a alone where that is wanted."""
+    targets = cuda_targets()
+    return ["sm_90a"] if source.name in HOPPER_SOURCES and "sm_90a" in targets else targets
+
+
 def cuda_extensions() -> list:
     """`liftbyimage._cuda`: the CUDA kernels, built wherever nvcc is, GPU or not."""
     if cxx_compiler() is None or nvcc() is None:
@@ -128,7 +135,8 @@ def compile_cuda_object(source: Path, folder: Path) -> Path:
     target = folder / f"{source.stem}.o"
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
     if source.suffix == ".cu":
-        flags += [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in cuda_targets()]
+        flags += [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in targets_of(source)]
+        flags += [] if "sm_90a" in cuda_targets() else ["-DLIFTBYIMAGE_WITHOUT_SM90A"]
     else:
         # The stable ABI of torch 2.10: the binding loads with that and every later version.
         flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]

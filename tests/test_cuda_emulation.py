@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cuda_emulation import emulated
 from liftbyimage import ops
 from liftbyimage._extension import CPU_MISSING
 from liftbyimage.ops._dispatch import Backend
-from liftbyimage.testing import CASES, Case, check_against_float64, differentiable, make_inputs
+from liftbyimage.testing import CASES, Case, assert_close, check_against_float64, differentiable, make_inputs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation")
 
@@ -379,3 +380,126 @@ def test_binding_refuses_what_would_be_read_out_of_bounds(bindings):
         context.forward(maps[1:], *places, False)
     with pytest.raises(RuntimeError, match="feature_maps must have size 2 in dimension 0, got 1"):
         context.forward([values[1:] for values in maps], *places, False)
+
+
+# Kernels for Hopper's tensor cores, forward: those of csrc/cuda/tensor_attention.cu.
+
+TENSOR_OPS = ("attend_patches", "guide_patches", "pose_guided_attention")
+TENSOR_CASES = [
+    *(Case(name, H=8, P=130, E=width, F=width, D=width) for name, width in (("widest", 256), ("factored", 48))),
+    Case("factored_guided", H=8, P=77, E=184, F=184, D=184),
+    Case("most_rows", H=8, J=18, P=65, E=64, F=64, D=64),
+    Case("one_warpgroup", H=4, J=17, P=64, E=128, F=128, D=128),
+    Case("one_row", H=1, J=1, P=3, E=8, F=8, D=8),
+    Case("many_tiles", B=1, H=2, J=5, P=700, E=16, F=16, D=16),
+    Case("one_share", B=7, H=2, J=5, P=300, E=16, F=16, D=16),
+    Case("empty_batch", B=0, E=16, F=16, D=16),
+    Case("large_logits", H=3, J=7, P=200, E=16, F=16, D=16, magnitude=100.0),
+    Case("rising_logits", H=2, J=5, P=200, E=16, F=16, D=16, scale=30.0),
+    Case("negative_scale", P=100, E=16, F=16, D=16, scale=-1.0),
+    Case("zero_scale", P=100, E=16, F=16, D=16, scale=0.0),
+    Case("ties", P=100, E=16, F=16, D=16, ties=True),
+]
+
+
+@pytest.fixture(scope="module")
+def tensor_forward(bindings):
+    """The raw forward ops, by op."""
+    library = bindings["pose_guided_attention"].library
+    forward = {op: emulated.Binding.define(library, f"{op}_forward") for op in TENSOR_OPS[:2]}
+    return {**forward, "pose_guided_attention": bindings["pose_guided_attention"].forward}
+
+
+@pytest.fixture
+def hopper(kernels, tensor_forward):
+    """The same on an emulated GPU of compute capability 9.0."""
+    library = kernels["pose_guided_attention"].library
+    library.set_capability(90)
+    yield tensor_forward
+    library.set_capability(80)
+
+
+def tensor_inputs(case, dtype):
+    """query, tokens [B, 1, P, E], pose_value and scale."""
+    inputs = make_inputs("pose_guided_attention", replace(case, value_is_key=True, patches_is_key=True), dtype)
+    scale = case.E**-0.5 if case.scale is None else case.scale
+    return inputs["query"], inputs["key"], inputs["pose_value"], scale
+
+
+def tensor_results(hopper, op, case, dtype):
+    query, tokens, pose_value, scale = tensor_inputs(case, dtype)
+    if op == "attend_patches":
+        context, importance, attention, _ = hopper[op](query, tokens, None, scale, True, True)
+        return {"context": context, "importance": importance, "attention": attention}
+    if op == "guide_patches":
+        context, channels, _ = hopper[op](query, tokens[:, 0], scale)
+        return {"context": context, "channels": channels}
+    context, patches, importance, _ = hopper[op](query, tokens, None, pose_value, None, scale)
+    return {"context": context, "patches": patches, "importance": importance}
+
+
+def tensor_reference(op, case, dtype, as_dtype):
+    query, tokens, pose_value, scale = tensor_inputs(case, dtype)
+    query, tokens, pose_value = (tensor.to(as_dtype) for tensor in (query, tokens, pose_value))
+    options = {"scale": scale, "backend": "reference"}
+    if op == "attend_patches":
+        return ops.attend_patches(query, tokens, tokens, need_attention=True, **options)._asdict()
+    if op == "guide_patches":
+        return ops.guide_patches(query, tokens[:, 0], **options)._asdict()
+    return ops.pose_guided_attention(query, tokens, tokens, pose_value, tokens, **options)._asdict()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", TENSOR_CASES, ids=str)
+@pytest.mark.parametrize("op", TENSOR_OPS)
+def test_tensor_cores_agree_with_float64(hopper, op, case, dtype):
+    if op == "guide_patches" and case.E > 192:
+        pytest.skip("guide_patches serves widths up to 192")
+    actual = tensor_results(hopper, op, case, dtype)
+    oracle = tensor_reference(op, case, dtype, torch.float64)
+    plain = tensor_reference(op, case, dtype, dtype)
+    for name, result in actual.items():
+        assert_close(name, result, oracle[name], plain[name], dtype)
+
+
+@pytest.mark.parametrize("op", TENSOR_OPS)
+def test_tensor_cores_do_not_depend_on_the_order_of_threads(kernels, hopper, op):
+    case, library = TENSOR_CASES[1], kernels["pose_guided_attention"].library
+    results = []
+    for descending in (0, 1):
+        library.set_descending(descending)
+        results.append(tensor_results(hopper, op, case, torch.bfloat16))
+    library.set_descending(0)
+    for name, result in results[0].items():
+        assert torch.equal(bits(result), bits(results[1][name])), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_token_spoils_what_depends_on_it_on_tensor_cores(hopper, bad):
+    query, tokens, pose_value, scale = tensor_inputs(Case("", B=2, H=2, J=5, P=70, E=16, F=16, D=16), torch.bfloat16)
+    tokens[0, 0, 66, 3] = bad
+    context, patches, importance, lse = hopper["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
+    plain = ops.pose_guided_attention(query, tokens, tokens, pose_value, tokens, scale=scale, backend="reference")
+    for mine, theirs in ((context, plain.context), (patches, plain.patches), (importance, plain.importance)):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        assert mine[1].isfinite().all()
+
+
+def test_rows_that_lie_unaligned_are_copied(hopper):
+    query, tokens, pose_value, scale = tensor_inputs(TENSOR_CASES[-1], torch.bfloat16)
+    expected = hopper["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
+    wide = torch.zeros(*tokens.shape[:3], tokens.shape[3] + 3, dtype=tokens.dtype)
+    wide[..., 1:-2] = tokens
+    actual = hopper["pose_guided_attention"](query, wide[..., 1:-2], None, pose_value, None, scale)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype", [((9, 17, 16), torch.bfloat16), ((2, 3, 12), torch.bfloat16), ((2, 3, 16), torch.float32)]
+)
+def test_tensor_cores_refuse_what_they_do_not_serve(hopper, sizes, dtype):
+    heads, joints, width = sizes
+    query, tokens = torch.zeros(1, heads, joints, width, dtype=dtype), torch.zeros(1, 1, 5, width, dtype=dtype)
+    with pytest.raises(RuntimeError, match="attend_patches_forward: the CUDA kernel serves float16 and bfloat16"):
+        hopper["attend_patches"](query, tokens, None, 1.0, True, True)

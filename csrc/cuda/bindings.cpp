@@ -17,6 +17,7 @@
 #include "pose_guided_attention.h"
 #include "prune_patches.h"
 #include "sample_context.h"
+#include "tensor_attention.h"
 
 // Weak: CPU-only torch has no such symbol, yet the module must load there. Not hidden, or the linker makes it null.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
@@ -144,9 +145,132 @@ struct Attention {
   }
 };
 
+// Copied where the rows of a tensor [B, P, width] do not start at multiples of 16 bytes.
+Tensor aligned_rows(const Tensor& tensor) {
+  const int64_t size = static_cast<int64_t>(tensor.element_size());
+  const bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 && tensor.stride(2) == 1 &&
+                       tensor.stride(0) * size % 16 == 0 && tensor.stride(1) * size % 16 == 0;
+  if (aligned) return tensor;
+  Tensor copy = empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+// One token tensor [B, P, width] that is key and value of all heads, and the buffers of its attention.
+struct SharedTokens {
+  Tensor query, tokens;
+  OptionalTensor pose_value;
+  Tensor context, lse;
+  TensorAttention params{};
+
+  SharedTokens(const Tensor& query_in, const Tensor& tokens_in, double scale)
+      : query(torch::stable::contiguous(query_in)), tokens(tokens_in) {
+    STD_TORCH_CHECK(query.dim() == 4 && tokens.dim() == 3, "query must have 4 dimensions and the tokens 3");
+    tokens = aligned_rows(tokens);
+    const int64_t batch = query.size(0), rows = query.size(1) * query.size(2), width = query.size(3);
+    const int64_t patches = tokens.size(1);
+    check(tokens, {batch, patches, width}, query.scalar_type(), query, "the tokens");
+    STD_TORCH_CHECK(rows > 0 && patches > 0 && width > 0, "heads, joints, patches and width must be at least 1");
+    for (const int64_t size : {batch, rows, patches, width})
+      STD_TORCH_CHECK(size <= INT32_MAX, "the CUDA kernels serve sizes up to ", INT32_MAX, ", got ", size);
+    params.dtype = dtype_of(query, "query");
+    params.batch = static_cast<int32_t>(batch);
+    params.rows = static_cast<int32_t>(rows);
+    params.patches = static_cast<int32_t>(patches);
+    params.width = static_cast<int32_t>(width);
+    params.scale = static_cast<float>(scale);
+    params.query = query.data_ptr();
+    params.tokens = tokens.data_ptr();
+    params.tokens_batch_stride = tokens.stride(0);
+    params.tokens_patch_stride = tokens.stride(1);
+    params.stream = current_stream(query);
+    context = empty(query, {batch, query.size(1), query.size(2), width});
+    lse = empty(query, {batch, query.size(1), query.size(2)}, ScalarType::Float);
+    params.context = context.data_ptr();
+    params.lse = static_cast<float*>(lse.data_ptr());
+  }
+
+  Tensor add_importance() {
+    const Tensor importance = empty(query, {params.batch, params.patches}, ScalarType::Float);
+    params.importance = static_cast<float*>(importance.data_ptr());
+    return importance;
+  }
+
+  // [B, P, channels + rows]: `channels` columns of the tokens, then the attention.
+  Tensor add_attention(int32_t channels) {
+    const Tensor attention = empty(query, {params.batch, params.patches, channels + params.rows});
+    params.attention = attention.data_ptr();
+    params.channels = channels;
+    return attention;
+  }
+
+  Tensor add_update(const Tensor& pose_value_in) {
+    pose_value = torch::stable::contiguous(pose_value_in);
+    check(*pose_value, {query.size(0), query.size(1), query.size(2), query.size(3)}, query.scalar_type(), query,
+          "pose_value");
+    const Tensor patches_out = empty(query, {params.batch, params.patches, params.width});
+    params.pose_value = pose_value->data_ptr();
+    params.patches_out = patches_out.data_ptr();
+    return patches_out;
+  }
+
+  void run(const char* op) {
+    STD_TORCH_CHECK(tensor_attention_serves(params), op,
+                    ": the CUDA kernel serves float16 and bfloat16 on Hopper, up to ", kTensorRows,
+                    " query rows and widths that are multiples of 8 up to ", kTensorWidth);
+    const Tensor workspace = empty(query, {tensor_attention_workspace(params)}, ScalarType::Float);
+    params.workspace = static_cast<float*>(workspace.data_ptr());
+    check_launch(tensor_attention_forward(&params), op);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_forward(Tensor query, Tensor key, OptionalTensor value, double scale,
+                                                          bool need_attention, bool need_importance) {
+  STD_TORCH_CHECK(key.dim() == 4 && key.size(1) == 1 && !value.has_value(),
+                  "attend_patches_forward: the CUDA kernel serves one head of tokens that are key and value");
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  SharedTokens attention(query, torch::stable::select(key, 1, 0), scale);
+  const Tensor none = empty(query, {0});
+  const Tensor importance = need_importance ? attention.add_importance() : empty(query, {0}, ScalarType::Float);
+  Tensor weights = none;
+  if (need_attention) {
+    const Tensor patch_major = attention.add_attention(0);  // [B, P, H · J]
+    weights = torch::stable::view(torch::stable::transpose(patch_major, 1, 2),
+                                  {query.size(0), query.size(1), query.size(2), key.size(2)});
+  }
+  attention.run("attend_patches_forward");
+  return {attention.context, importance, weights, attention.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> guide_forward(Tensor query, Tensor channels, double scale) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  SharedTokens attention(query, channels, scale);
+  const Tensor guided = attention.add_attention(attention.params.width);
+  attention.run("guide_patches_forward");
+  return {attention.context, guided, attention.lse};
+}
+
+// Pose-guided attention on tensor cores, or nothing where they do not serve the call.
+std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> attention_on_tensor_cores(const Tensor& query,
+                                                                                    const Tensor& key,
+                                                                                    const Tensor& pose_value,
+                                                                                    double scale) {
+  if (query.dim() != 4 || key.dim() != 4 || pose_value.dim() != 4 || key.size(1) != 1) return std::nullopt;
+  if (query.size(3) != pose_value.size(3) || query.scalar_type() == ScalarType::Float) return std::nullopt;
+  if (query.size(1) * query.size(2) > kTensorRows || query.size(3) > kTensorWidth) return std::nullopt;
+  SharedTokens attention(query, torch::stable::select(key, 1, 0), scale);
+  const Tensor patches_out = attention.add_update(pose_value);
+  const Tensor importance = attention.add_importance();
+  if (!tensor_attention_serves(attention.params)) return std::nullopt;
+  attention.run("pose_guided_attention_forward");
+  return std::make_tuple(attention.context, patches_out, importance, attention.lse);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(Tensor query, Tensor key, OptionalTensor value,
                                                              Tensor pose_value, OptionalTensor patches, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  if (!value.has_value() && !patches.has_value())
+    if (const auto results = attention_on_tensor_cores(query, key, pose_value, scale)) return *results;
   const Attention attention(query, key, value, pose_value, scale);
   const ScalarType dtype = query.scalar_type();
   PoseGuidedAttentionForward params{};
@@ -381,6 +505,8 @@ std::tuple<Tensor, Tensor, Tensors> context_backward(Tensors grad_contexts, Tens
 }  // namespace liftbyimage::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(liftbyimage, CUDA, m) {
+  m.impl("attend_patches_forward", TORCH_BOX(&liftbyimage::cuda::attend_forward));
+  m.impl("guide_patches_forward", TORCH_BOX(&liftbyimage::cuda::guide_forward));
   m.impl("pose_guided_attention_forward", TORCH_BOX(&liftbyimage::cuda::attention_forward));
   m.impl("pose_guided_attention_backward", TORCH_BOX(&liftbyimage::cuda::attention_backward));
   m.impl("prune_patches_forward", TORCH_BOX(&liftbyimage::cuda::prune_forward));

@@ -129,6 +129,32 @@ def why_not_cuda_of_any_width(*tensors: Tensor) -> str | None:
     return _gpu_dtype(*tensors)
 
 
+TENSOR_CORE_ROWS, TENSOR_CORE_WIDTH = 144, 256
+
+
+def why_not_tensor_cores(query: Tensor, widest: int = TENSOR_CORE_WIDTH) -> str | None:
+    """Why csrc/cuda/tensor_attention.cu cannot serve query [B, H, J, E] over one head of tokens, key and value."""
+    reason = why_not_cuda_of_any_width(query) or _not_hopper(query.device)
+    if reason is not None:
+        return reason
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"serves float16 and bfloat16, got {str(query.dtype).removeprefix('torch.')}"
+    rows, width = query.shape[1] * query.shape[2], query.shape[3]
+    if rows > TENSOR_CORE_ROWS:
+        return f"serves up to {TENSOR_CORE_ROWS} query rows H·J, got {rows}"
+    if width > widest or width % 8:
+        return f"serves widths that are multiples of 8 up to {widest}, got {width}"
+    return triton_missing() and f"its backward is Triton's: {triton_missing()}"
+
+
+def _not_hopper(device: torch.device) -> str | None:
+    architectures = importlib.import_module("liftbyimage._cuda").build_info()["architectures"]
+    if "sm_90a" not in architectures.split("+"):
+        return f"needs a build for sm_90a, got one for {architectures}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if (major, minor) == (9, 0) else f"needs compute capability 9.0 (Hopper), got {major}.{minor}"
+
+
 def _gpu_dtype(*tensors: Tensor) -> str | None:
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "serves float32, float16 and bfloat16, got float64"

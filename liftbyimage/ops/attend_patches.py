@@ -30,6 +30,7 @@ from liftbyimage.ops._dispatch import (
     select,
     triton_op,
     why_not_cpu,
+    why_not_tensor_cores,
     why_not_triton,
 )
 
@@ -165,9 +166,19 @@ def _backward_flops(
 count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_native_backward, _triton_backward), _backward_flops)
 
-# The compiled CPU kernel and Triton never serve the same tensor, except that Triton's interpreter can: it is last.
+
+
+def _why_not_cuda(query: Tensor, *key_and_value: Tensor) -> str | None:
+    tokens = key_and_value[0] if key_and_value else query
+    if tokens.shape[1] != 1 or any(tensor is not tokens for tensor in key_and_value):
+        return "serves one head of tokens that are key and value"
+    return why_not_tensor_cores(query)
+
+
+# The compiled CPU kernel and Triton never serve the same tensor, except that Triton's interpreter can.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
+    Backend("cuda", _why_not_cuda, _native_forward, _triton_backward),
     Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
     Backend("reference", never),
 )
@@ -258,7 +269,7 @@ def attend_patches(
         scale: factor on the scores before the softmax; E ** -0.5 if None.
         need_attention: also return A, stored patch-major (memory [B, P, H·J]) so that it can serve as feature channels.
         need_importance: return the importance; False where nobody reads it spares a pass over the scores.
-        backend: "cpu", "triton" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
+        backend: "cpu", "cuda", "triton" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         AttendedPatches: `context` [B, H, J, F] and `attention` [B, H, J, P] (or None) in the input dtype,

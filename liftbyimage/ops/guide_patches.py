@@ -36,6 +36,7 @@ from liftbyimage.ops._dispatch import (
     select,
     triton_op,
     why_not_cpu,
+    why_not_tensor_cores,
     why_not_triton,
 )
 from liftbyimage.ops.attend_patches import reference_attention, statistics_dtype
@@ -126,9 +127,17 @@ def _backward_flops(
 count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_native_backward, _triton_backward), _backward_flops)
 
-# The compiled CPU kernel and Triton never serve the same tensor, except that Triton's interpreter can: it is last.
+_WIDEST_ON_CUDA = 192  # whose tile and result share a block's memory
+
+
+def _why_not_cuda(query: Tensor, *channels: Tensor) -> str | None:
+    return why_not_tensor_cores(query, _WIDEST_ON_CUDA)
+
+
+# The compiled CPU kernel and Triton never serve the same tensor, except that Triton's interpreter can.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
+    Backend("cuda", _why_not_cuda, _native_forward, _triton_backward),
     Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
     Backend("reference", never),
 )
@@ -173,7 +182,7 @@ def guide_patches(
         query: [B, H, J, W], float32, float16, bfloat16 or float64; heads share the channels.
         channels: [B, P, W], query's dtype and device: key and value in one.
         scale: factor on the scores before the softmax; W ** -0.5 if None.
-        backend: "cpu", "triton" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
+        backend: "cpu", "cuda", "triton" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         GuidedPatches: `context` [B, H, J, W] and `channels` [B, P, W + H·J], the given channels and then the attention

@@ -13,9 +13,13 @@
 #define __host__
 #define __shared__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using std::min;
 
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -34,6 +38,12 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801,
+};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = void*;
@@ -46,7 +56,7 @@ struct cudaLaunchConfig_t {
 };
 
 namespace liftbyimage::cuda {
-inline float4 shared_memory[emulate::kSharedLimit / sizeof(float4)];
+alignas(1024) inline float4 shared_memory[emulate::kHopperSharedLimit / sizeof(float4)];
 }
 
 #define CUDART_VERSION 0
@@ -56,7 +66,20 @@ inline const char* cudaGetErrorString(cudaError_t) { return "a launcher refused 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return static_cast<size_t>(bytes) <= emulate::kSharedLimit ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<size_t>(bytes) <= emulate::shared_limit() ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int kMultiprocessors = 6;  // few: samples are shared out among several blocks where the batch is smaller
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? emulate::capability / 10
+                                                            : emulate::capability % 10;
+  return cudaSuccess;
 }
 
 template <typename Params>
@@ -75,6 +98,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 #define __syncthreads() emulate::Block::current()->sync_block(__LINE__)
 #define __shfl_xor_sync(mask, value, lanes) emulate_shuffle_xor(mask, value, lanes, __LINE__)
+#define __any_sync(mask, value) emulate_any(mask, value, __LINE__)
 #define __shfl_up_sync(mask, value, lanes) emulate_shuffle_up(mask, value, lanes, __LINE__)
 
 template <typename T>
@@ -89,6 +113,15 @@ T emulate_shuffle_up(unsigned mask, T value, int lanes, int line) {
   emulate::Block& block = *emulate::Block::current();
   const int from = block.lane() >= lanes ? block.lane() - lanes : block.lane();
   return block.exchange(mask, value, line, [&](auto handed_in) { return handed_in(from); });
+}
+
+inline bool emulate_any(unsigned mask, bool value, int line) {
+  emulate::Block& block = *emulate::Block::current();
+  return block.exchange(mask, static_cast<int>(value), line, [](auto handed_in) {
+    int any = 0;
+    for (int lane = 0; lane < emulate::kWarpSize; ++lane) any |= handed_in(lane);
+    return any;
+  }) != 0;
 }
 
 inline int atomicAdd(int* address, int value) {

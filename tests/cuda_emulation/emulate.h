@@ -26,10 +26,15 @@ namespace emulate {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kSharedLimit = 166912;  // what one block may use on sm_80; sm_90 allows more
+constexpr int kNamedBarriers = 16;
+// What one block may use on sm_80, and on sm_90, for which kernels of its own are made.
+constexpr size_t kSharedLimit = 166912, kHopperSharedLimit = 232448;
 constexpr unsigned char kPoison = 0xff;  // four of them are a NaN
 
 inline bool descending = false;
+inline int capability = 80;
+
+inline size_t shared_limit() { return capability >= 90 ? kHopperSharedLimit : kSharedLimit; }
 
 [[noreturn]] inline void fail(const char* message, int line = 0) {
   std::fprintf(stderr, "cuda emulation: %s (line %d)\n", message, line);
@@ -86,10 +91,16 @@ class Block {
       }
       if (progress == 0) fail("some threads left the kernel while others wait at a barrier", block_.line);
     }
+    for (const Barrier& barrier : named_)
+      if (barrier.arrived != 0) fail("a named barrier was left half full");
   }
 
   void sync_block(int line) { wait(block_, line); }
   void sync_warp(int line) { wait(warps_[running_ / kWarpSize], line); }
+
+  // A named barrier of `threads`, whose threads may stand at different lines.
+  void sync_named(int barrier, int threads) { wait(named(barrier, threads), 0); }
+  void arrive_named(int barrier, int threads) { arrive(named(barrier, threads), 0); }
 
   // Every lane of the warp hands in a value; read(lane) then gives what that lane handed in.
   template <typename T, typename Read>
@@ -155,23 +166,37 @@ class Block {
     setcontext(&fiber.start);
   }
 
-  void wait(Barrier& barrier, int line) {
+  Barrier& named(int barrier, int threads) {
+    if (barrier <= 0 || barrier >= kNamedBarriers) fail("no such named barrier");
+    Barrier& chosen = named_[barrier];
+    if (chosen.arrived > 0 && chosen.size != threads) fail("a named barrier was told two numbers of threads");
+    chosen.size = threads;
+    return chosen;
+  }
+
+  // Whether the barrier is full with this thread.
+  bool arrive(Barrier& barrier, int line) {
     if (barrier.arrived > 0 && barrier.line != line) fail("threads of one block wait at different barriers", line);
     barrier.line = line;
-    if (++barrier.arrived == barrier.size) {
-      barrier.arrived = 0;
-      ++barrier.generation;
-      return;
-    }
+    if (++barrier.arrived < barrier.size) return false;
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return true;
+  }
+
+  void wait(Barrier& barrier, int line) {
     Fiber& fiber = *pool()[running_];
+    const int64_t generation = barrier.generation;
+    if (arrive(barrier, line)) return;
     fiber.waiting = &barrier;
-    fiber.generation = barrier.generation;
+    fiber.generation = generation;
     if (_setjmp(fiber.resume) == 0) _longjmp(scheduler_, 1);
   }
 
   int threads_ = 0;
   int running_ = 0;
   Barrier block_;
+  Barrier named_[kNamedBarriers];
   std::vector<Barrier> warps_;
   std::vector<uint64_t> exchange_;
   jmp_buf scheduler_;
@@ -185,9 +210,9 @@ inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, cha
                      const std::function<void()>& body) {
   Block block(static_cast<int>(threads));
   for (unsigned b = 0; b < blocks; ++b) {
-    std::memset(shared, kPoison, kSharedLimit);
+    std::memset(shared, kPoison, kHopperSharedLimit);
     block.run(body, [&](int thread) { enter(b, static_cast<unsigned>(thread)); });
-    for (size_t i = shared_bytes; i < kSharedLimit; ++i)
+    for (size_t i = shared_bytes; i < kHopperSharedLimit; ++i)
       if (static_cast<unsigned char>(shared[i]) != kPoison) fail("shared memory beyond its size was written");
   }
 }
@@ -195,3 +220,4 @@ inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, cha
 }  // namespace emulate
 
 extern "C" __attribute__((used)) inline void set_descending(int descending) { emulate::descending = descending != 0; }
+extern "C" __attribute__((used)) inline void set_capability(int capability) { emulate::capability = capability; }

@@ -1,0 +1,113 @@
+// What kernels for Hopper (sm_90a) are made of: tiles in swizzled shared memory, copies into them, warpgroup barriers.
+// For .cu files only.
+//
+// A tile is stored in columns of 64 elements: [rows][64] of two bytes each, 128 bytes a row, one column after the other.
+// Eight rows are 1024 bytes, in which the 16-byte units of row i lie in the order unit ^ i: eight threads that read one
+// unit of eight rows, or eight units of one row, meet eight different groups of banks.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "common.h"
+
+#ifdef __CUDACC__
+#include "wgmma.h"
+#else
+#include "emulated_hopper.h"  // without nvcc: tests/cuda_emulation
+#endif
+
+namespace liftbyimage::cuda {
+
+constexpr int kWarpgroup = 128;
+constexpr int kColumn = 64;        // elements in a row of a column
+constexpr int kUnit = 8;           // elements in a unit of 16 bytes
+constexpr int kRowBytes = 128;
+constexpr int kSwizzleBytes = 1024;
+
+// Where unit `unit` of row `row` of a column lies, in bytes.
+__host__ __device__ inline int swizzled(int row, int unit) { return row * kRowBytes + ((unit ^ (row & 7)) << 4); }
+
+#ifdef __CUDACC__
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes in the background; zeros where `valid` is false.
+__device__ inline void copy_unit(void* target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(target)), "l"(source),
+               "r"(valid ? 16 : 0));
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
+
+// Waits until at most `kPending` of this thread's groups of copies are under way.
+template <int kPending>
+__device__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Tensor cores read shared memory by a path of their own: what this thread wrote becomes visible there.
+__device__ inline void publish_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// Named barriers, beside barrier 0 of __syncthreads.
+__device__ inline void wait_at_barrier(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void arrive_at_barrier(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Before the first product that uses registers which the threads have written.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+__device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
+
+// Names an operand of a product that starts at `address`: groups of eight rows are 1024 bytes apart, swizzled over 128.
+__device__ inline uint64_t operand(uint32_t address) {
+  constexpr uint64_t kUnused = 1, kSwizzle128 = 1;
+  return (address & 0x3ffff) >> 4 | kUnused << 16 | static_cast<uint64_t>(kSwizzleBytes >> 4) << 32 | kSwizzle128 << 62;
+}
+
+// Stores kMatrices 8 × 8 matrices of two-byte elements transposed. Registers hold them as a product leaves them, one
+// each; thread 8·m + i names where column i of matrix m becomes a row of 16 bytes.
+template <int kMatrices>
+__device__ void store_transposed(void* row, const uint32_t (&matrix)[kMatrices]) {
+  static_assert(kMatrices == 4 || kMatrices == 2);
+  if constexpr (kMatrices == 4)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(row)),
+                 "r"(matrix[0]), "r"(matrix[1]), "r"(matrix[2]), "r"(matrix[3])
+                 : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(shared_address(row)),
+                 "r"(matrix[0]), "r"(matrix[1])
+                 : "memory");
+}
+
+// 2^x to about two units in the last place; 0 for −∞.
+__device__ inline float fast_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
+#endif
+
+// Two elements in a register, the first in the lower half.
+template <typename T>
+__device__ uint32_t pack(float first, float second) {
+  struct alignas(4) Pair {
+    T first, second;
+  } pair;
+  from_float(first, pair.first);
+  from_float(second, pair.second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+}  // namespace liftbyimage::cuda

@@ -1,0 +1,41 @@
+// Launcher of attention on Hopper's tensor cores, for one token tensor that is key and value of all heads (and, with a
+// pose value, the patches that are updated). Plain structs, no torch: the caller owns every buffer and knows every size.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace liftbyimage::cuda {
+
+constexpr int kTensorRows = 144;   // at most so many query rows H·J
+constexpr int kTensorWidth = 256;  // at most so wide
+
+struct TensorAttention {
+  int32_t dtype;  // kFloat16 or kBFloat16
+  int32_t batch;
+  int32_t rows;
+  int32_t patches;
+  int32_t width;
+  float scale;
+  const void* query;   // [batch, rows, width]
+  const void* tokens;  // [batch, patches, width]; strides in elements, the width is contiguous
+  int64_t tokens_batch_stride;
+  int64_t tokens_patch_stride;
+  const void* pose_value;   // [batch, rows, width]; null: no update
+  void* context;            // [batch, rows, width]
+  float* lse;               // [batch, rows]
+  void* patches_out;        // [batch, patches, width]; null without pose_value
+  float* importance;        // [batch, patches]; null: not wanted
+  void* attention;          // [batch, patches, channels + rows]; null: not wanted
+  int32_t channels;         // width: the tokens come before the attention; 0: they do not
+  float* workspace;         // tensor_attention_workspace(params) elements
+  cudaStream_t stream;
+};
+
+// Whether these kernels serve such sizes, addresses and strides on the current device.
+bool tensor_attention_serves(const TensorAttention& params);
+int64_t tensor_attention_workspace(const TensorAttention& params);
+extern "C" cudaError_t tensor_attention_forward(const TensorAttention* params);
+
+}  // namespace liftbyimage::cuda
