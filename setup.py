@@ -20,7 +20,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-HOPPER_SOURCES = ("tensor_attention.cu",)  # in csrc/cuda
+HOPPER_SOURCES = ("tensor_attention.cu", "tensor_gradient.cu")  # in csrc/cuda
 PROCESSOR = runpy.run_path(str(ROOT / "liftbyimage" / "_processor.py"))
 
 

@@ -6,9 +6,11 @@ can show, nor anything about speed: only a run on a GPU does.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from cuda_emulation import emulated
 
 from liftbyimage import ops
 from liftbyimage._extension import CPU_MISSING
+from liftbyimage.ops import _tensor_cores
 from liftbyimage.ops._dispatch import Backend
 from liftbyimage.testing import CASES, Case, assert_close, check_against_float64, differentiable, make_inputs
 
@@ -453,8 +456,6 @@ def tensor_reference(op, case, dtype, as_dtype):
 @pytest.mark.parametrize("case", TENSOR_CASES, ids=str)
 @pytest.mark.parametrize("op", TENSOR_OPS)
 def test_tensor_cores_agree_with_float64(hopper, op, case, dtype):
-    if op == "guide_patches" and case.E > 192:
-        pytest.skip("guide_patches serves widths up to 192")
     actual = tensor_results(hopper, op, case, dtype)
     oracle = tensor_reference(op, case, dtype, torch.float64)
     plain = tensor_reference(op, case, dtype, dtype)
@@ -503,3 +504,89 @@ def test_tensor_cores_refuse_what_they_do_not_serve(hopper, sizes, dtype):
     query, tokens = torch.zeros(1, heads, joints, width, dtype=dtype), torch.zeros(1, 1, 5, width, dtype=dtype)
     with pytest.raises(RuntimeError, match="attend_patches_forward: the CUDA kernel serves float16 and bfloat16"):
         hopper["attend_patches"](query, tokens, None, 1.0, True, True)
+
+
+# The backward on tensor cores: csrc/cuda/tensor_gradient.cu between matrix products.
+
+
+@pytest.fixture
+def tensor_kernels(hopper):
+    """The raw steps of liftbyimage/ops/_tensor_cores.py on an emulated GPU of compute capability 9.0."""
+    names = ("weigh_patches", "differentiate_scores")
+    overloads = {name: getattr(torch.ops.liftbyimage_emulated, name).default for name in names}
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return SimpleNamespace(**{name: functools.partial(o.redispatch, keys) for name, o in overloads.items()})
+
+
+def tensor_gradients(hopper, tensor_kernels, case, dtype, wanted, need_token_grads=True):
+    """Gradients through the library's backward, float64 and in the dtype's plain PyTorch."""
+    query, tokens, pose_value, scale = tensor_inputs(case, dtype)
+    context, _, _, lse = hopper["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
+    generator = torch.Generator().manual_seed(3)
+    rows = case.H * case.J
+    arriving = {
+        "context": torch.randn(context.shape, generator=generator).to(dtype),
+        "patches": torch.randn(case.B, case.P, case.D, generator=generator).to(dtype),
+        "importance": torch.randn(case.B, case.P, generator=generator),
+        "attention": torch.randn(case.B, case.P, rows, generator=generator).to(dtype),
+    }
+    arriving = {name: gradient if name in wanted else None for name, gradient in arriving.items()}
+    incoming = _tensor_cores.Incoming(**arriving)
+    saved = (query, tokens[:, 0], pose_value, context, lse, scale, need_token_grads)
+    actual = _tensor_cores.backward(incoming, *saved, kernels=tensor_kernels)
+
+    def plain(as_dtype):
+        leaves = [t.to(as_dtype).requires_grad_() for t in (query, tokens, pose_value)]
+        q, t, u = leaves
+        logits = scale * q.flatten(1, 2) @ t[:, 0].transpose(1, 2)  # [B, R, P]
+        attention = logits.softmax(2)
+        results = {
+            "context": (attention @ t[:, 0]).view(context.shape),
+            "patches": t[:, 0] + attention.transpose(1, 2) @ u.flatten(1, 2),
+            "importance": attention.mean(1, dtype=torch.promote_types(as_dtype, torch.float32)),
+            "attention": attention.transpose(1, 2),
+        }
+        roots = [results[name] for name in wanted]
+        given = [arriving[name].to(root.dtype) for name, root in zip(wanted, roots, strict=True)]
+        gradients = torch.autograd.grad(roots, leaves, given, materialize_grads=True)
+        return gradients[0], gradients[1][:, 0], gradients[2]
+
+    return actual, plain(torch.float64), plain(dtype)
+
+
+ARRIVING = [
+    ("context", "patches"),
+    ("context", "patches", "importance", "attention"),
+    ("context",),
+    ("patches",),
+    ("importance",),
+    ("attention",),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("wanted", ARRIVING, ids="+".join)
+@pytest.mark.parametrize("case", [c for c in TENSOR_CASES if c.B], ids=str)
+def test_gradients_on_tensor_cores_agree_with_float64(hopper, tensor_kernels, case, wanted, dtype):
+    if wanted not in ARRIVING[:2] and case.P > 80:
+        pytest.skip("parts of the gradient are tried at the small sizes")
+    actual, oracle, plain = tensor_gradients(hopper, tensor_kernels, case, dtype, wanted)
+    for name, mine, exact, other in zip(actual._fields, actual, oracle, plain, strict=True):
+        assert_close(f"gradient of {name}", mine, exact, other, dtype)
+
+
+def test_samples_of_a_long_batch_are_taken_in_turns(hopper, tensor_kernels, monkeypatch):
+    case, wanted = Case("", B=5, H=2, J=5, P=70, E=16, F=16, D=16), ARRIVING[1]
+    together, _, _ = tensor_gradients(hopper, tensor_kernels, case, torch.bfloat16, wanted)
+    monkeypatch.setattr(_tensor_cores, "SAMPLES_AT_ONCE", 2)
+    in_turns, _, _ = tensor_gradients(hopper, tensor_kernels, case, torch.bfloat16, wanted)
+    for mine, theirs in zip(in_turns, together, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_token_gradients_on_tensor_cores_are_skipped_on_request(hopper, tensor_kernels):
+    case = Case("", H=2, J=5, P=70, E=16, F=16, D=16)
+    full, _, _ = tensor_gradients(hopper, tensor_kernels, case, torch.bfloat16, ARRIVING[0])
+    rows_only, _, _ = tensor_gradients(hopper, tensor_kernels, case, torch.bfloat16, ARRIVING[0], False)
+    assert rows_only.tokens is None
+    assert torch.equal(rows_only.query, full.query) and torch.equal(rows_only.pose_value, full.pose_value)

@@ -18,6 +18,7 @@
 #include "prune_patches.h"
 #include "sample_context.h"
 #include "tensor_attention.h"
+#include "tensor_gradient.h"
 
 // Weak: CPU-only torch has no such symbol, yet the module must load there. Not hidden, or the linker makes it null.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
@@ -200,6 +201,8 @@ struct SharedTokens {
   Tensor add_attention(int32_t channels) {
     const Tensor attention = empty(query, {params.batch, params.patches, channels + params.rows});
     params.attention = attention.data_ptr();
+    params.attention_stride = channels + params.rows;
+    params.attention_rows = params.rows;
     params.channels = channels;
     return attention;
   }
@@ -248,6 +251,84 @@ std::tuple<Tensor, Tensor, Tensor> guide_forward(Tensor query, Tensor channels, 
   const Tensor guided = attention.add_attention(attention.params.width);
   attention.run("guide_patches_forward");
   return {attention.context, guided, attention.lse};
+}
+
+// A of given lse, as weights [B, P, 2, padded rows]: A is the first of two, the second is left for dS.
+Tensor weigh_patches(Tensor query, Tensor tokens, Tensor lse, double scale) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  SharedTokens attention(query, tokens, scale);
+  auto& params = attention.params;
+  check(lse, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float, query, "lse");
+  const Tensor row_lse = torch::stable::contiguous(lse);
+  const int64_t padded_rows = ceil_div(params.rows, 8) * 8;
+  const Tensor weights = empty(query, {params.batch, params.patches, 2, padded_rows});
+  params.lse = static_cast<float*>(row_lse.data_ptr());
+  params.given_lse = true;
+  params.attention = weights.data_ptr();
+  params.attention_stride = 2 * padded_rows;
+  params.attention_rows = static_cast<int32_t>(padded_rows);
+  attention.run("weigh_patches");
+  return weights;
+}
+
+PatchRows patch_rows(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)}; }
+
+// Writes dS beside A.
+void differentiate_scores(Tensor weights, OptionalTensor grad_context, OptionalTensor grad_patches,
+                          OptionalTensor grad_importance, OptionalTensor grad_attention, Tensor tokens,
+                          OptionalTensor pose_value, Tensor delta, double scale) {
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  STD_TORCH_CHECK(tokens.dim() == 3 && weights.dim() == 4 && delta.dim() == 3,
+                  "the tokens must have 3 dimensions, weights 4 and delta 3");
+  const int64_t batch = tokens.size(0), patches = tokens.size(1), width = tokens.size(2);
+  const int64_t heads = delta.size(1), joints = delta.size(2), padded_rows = weights.size(3);
+  const ScalarType dtype = tokens.scalar_type();
+  check(weights, {batch, patches, 2, padded_rows}, dtype, tokens, "weights");
+  check(delta, {batch, heads, joints}, ScalarType::Float, tokens, "delta");
+  STD_TORCH_CHECK(heads * joints <= padded_rows && weights.is_contiguous(),
+                  "weights must be contiguous and hold every row");
+  const Tensor row_delta = torch::stable::contiguous(delta);
+  tokens = aligned_rows(tokens);
+  TensorGradient params{};
+  params.dtype = dtype_of(tokens, "the tokens");
+  params.batch = static_cast<int32_t>(batch);
+  params.rows = static_cast<int32_t>(heads * joints);
+  params.patches = static_cast<int32_t>(patches);
+  params.width = static_cast<int32_t>(width);
+  params.scale = static_cast<float>(scale);
+  params.tokens = patch_rows(tokens);
+  params.delta = static_cast<const float*>(row_delta.data_ptr());
+  params.weights = weights.data_ptr();
+  params.padded_rows = static_cast<int32_t>(padded_rows);
+  params.stream = current_stream(tokens);
+  if (grad_context.has_value()) {
+    check(*grad_context, {batch, heads, joints, width}, dtype, tokens, "grad_context");
+    grad_context = torch::stable::contiguous(*grad_context);
+    params.grad_context = grad_context->data_ptr();
+  }
+  if (grad_patches.has_value()) {
+    STD_TORCH_CHECK(pose_value.has_value(), "grad_patches needs pose_value");
+    check(*grad_patches, {batch, patches, width}, dtype, tokens, "grad_patches");
+    check(*pose_value, {batch, heads, joints, width}, dtype, tokens, "pose_value");
+    grad_patches = aligned_rows(*grad_patches);
+    pose_value = torch::stable::contiguous(*pose_value);
+    params.grad_patches = patch_rows(*grad_patches);
+    params.pose_value = pose_value->data_ptr();
+  }
+  if (grad_importance.has_value()) {
+    check(*grad_importance, {batch, patches}, ScalarType::Float, tokens, "grad_importance");
+    grad_importance = torch::stable::contiguous(*grad_importance);
+    params.grad_importance = static_cast<const float*>(grad_importance->data_ptr());
+  }
+  if (grad_attention.has_value()) {
+    check(*grad_attention, {batch, patches, heads * joints}, dtype, tokens, "grad_attention");
+    grad_attention = width_contiguous(*grad_attention);
+    params.grad_attention = patch_rows(*grad_attention);
+  }
+  STD_TORCH_CHECK(tensor_gradient_serves(params),
+                  "differentiate_scores: the CUDA kernel serves float16 and bfloat16 on Hopper, up to ", kTensorRows,
+                  " query rows and widths that are multiples of 8 up to ", kTensorWidth);
+  check_launch(tensor_gradient(&params), "differentiate_scores");
 }
 
 // Pose-guided attention on tensor cores, or nothing where they do not serve the call.
@@ -504,9 +585,19 @@ std::tuple<Tensor, Tensor, Tensors> context_backward(Tensors grad_contexts, Tens
 }  // namespace
 }  // namespace liftbyimage::cuda
 
+// Steps of the backward on tensor cores (liftbyimage/ops/_tensor_cores.py).
+STABLE_TORCH_LIBRARY_FRAGMENT(liftbyimage, m) {
+  m.def("weigh_patches(Tensor query, Tensor tokens, Tensor lse, float scale) -> Tensor");
+  m.def(
+      "differentiate_scores(Tensor(a!) weights, Tensor? grad_context, Tensor? grad_patches, Tensor? grad_importance,"
+      " Tensor? grad_attention, Tensor tokens, Tensor? pose_value, Tensor delta, float scale) -> ()");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(liftbyimage, CUDA, m) {
   m.impl("attend_patches_forward", TORCH_BOX(&liftbyimage::cuda::attend_forward));
   m.impl("guide_patches_forward", TORCH_BOX(&liftbyimage::cuda::guide_forward));
+  m.impl("weigh_patches", TORCH_BOX(&liftbyimage::cuda::weigh_patches));
+  m.impl("differentiate_scores", TORCH_BOX(&liftbyimage::cuda::differentiate_scores));
   m.impl("pose_guided_attention_forward", TORCH_BOX(&liftbyimage::cuda::attention_forward));
   m.impl("pose_guided_attention_backward", TORCH_BOX(&liftbyimage::cuda::attention_backward));
   m.impl("prune_patches_forward", TORCH_BOX(&liftbyimage::cuda::prune_forward));

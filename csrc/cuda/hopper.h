@@ -110,4 +110,12 @@ __device__ uint32_t pack(float first, float second) {
   return bits;
 }
 
+template <typename T>
+__device__ void unpack(uint32_t bits, float& first, float& second) {
+  T pair[2];
+  memcpy(pair, &bits, sizeof(bits));
+  first = to_float(pair[0]);
+  second = to_float(pair[1]);
+}
+
 }  // namespace liftbyimage::cuda

@@ -37,38 +37,21 @@
 #ifndef LIFTBYIMAGE_WITHOUT_SM90A
 
 #include <cmath>
-#include <cstring>
 
-#include "common.h"
-#include "hopper.h"
-#include "warps.h"
+#include "tensor_tiles.h"
 
 namespace liftbyimage::cuda {
 namespace {
 
-constexpr int kThreads = 2 * kWarpgroup;
-constexpr int kWarps = kWarpgroup / kWarp;  // of a warpgroup
-constexpr int kHalf = kTensorRows / 2;      // rows of one warpgroup of `gather`
-constexpr int kBlocks = kHalf / 8;          // blocks of eight columns of a result
-constexpr int kTile = 64;                   // patches
-constexpr int kStages = 4;                  // tiles of tokens in flight in `gather`
+constexpr int kStages = 4;  // tiles of tokens in flight in `gather`
+constexpr int kSlots = 3;   // columns of tokens in flight in a warpgroup of `scatter`
 constexpr float kHeadroom = 8.0f;
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kTileBytes = kTile * kRowBytes;         // a column of a tile
-constexpr int kHalfBytes = kHalf * kRowBytes;         // a column of 72 rows
-constexpr int kRowsBytes = kTensorRows * kRowBytes;   // a column of all rows
-constexpr int kPatchesPerProduct = 16;
+constexpr int kOtherBarrier = 3;  // + 2 · warpgroup + parity of the tile: a named barrier, what it is told by the other
 
-// How a sample is shared out among blocks: no finer than this, and a block costs so many tiles beside its own.
-constexpr int64_t kMaxShares = 64;
+// What a block costs beside its tiles, in tiles.
 constexpr int64_t kGatherOverhead = 3;
 constexpr int64_t kScatterOverhead = 5;
-constexpr size_t kSharedLimit = 232448;  // bytes that a block may use
-
-// Named barriers.
-constexpr int kOwnBarrier = 1;    // + warpgroup: its own 128 threads
-constexpr int kOtherBarrier = 3;  // + 2 · warpgroup + parity of the tile: what it is told by the other
 
 struct Launch {
   TensorAttention params;
@@ -76,40 +59,13 @@ struct Launch {
   int32_t tiles_per_share;
   int32_t scatter_shares;
   int32_t scatter_tiles;    // of one share
-  int32_t scatter_buffers;
+  int32_t result_bytes;     // of a warpgroup of `scatter`
   float* shift;             // [batch, kTensorRows], powers of 2
   float* log_total;         // [batch, kTensorRows], powers of 2; +inf beyond `rows`
   float* share_shift;       // [shares, batch, kTensorRows]
   float* share_total;       // [shares, batch, kTensorRows]
   float* share_context;     // [shares, batch, 2, columns, kBlocks, 128, 4], as registers lie
 };
-
-__device__ int warpgroup() { return threadIdx.x / kWarpgroup; }
-__device__ int member() { return threadIdx.x % kWarpgroup; }
-__device__ int warp() { return member() / kWarp; }
-__device__ int lane() { return threadIdx.x % kWarp; }
-__device__ int result_row() { return 16 * warp() + lane() / 4; }  // and the one 8 below
-__device__ int result_column(int block) { return 8 * block + 2 * (lane() % 4); }  // and the one beside
-
-__device__ char* aligned_shared_memory() {
-  char* start = reinterpret_cast<char*>(shared_memory);
-  return start + (kSwizzleBytes - shared_address(start) % kSwizzleBytes) % kSwizzleBytes;
-}
-
-// Copies `entries` rows of `width` elements into a tile, the threads `thread` of `threads` together; rows from `count`
-// on, and what is beyond the width, become zero.
-template <typename T, int kColumns>
-__device__ void copy_tile(char* tile, int entries, const T* rows, int64_t stride, int count, int width, int thread,
-                          int threads) {
-  constexpr int kUnits = kColumns * kColumn / kUnit;
-  for (int i = thread; i < entries * kUnits; i += threads) {
-    const int row = i / kUnits;
-    const int unit = i % kUnits;
-    const bool valid = row < count && unit * kUnit < width;
-    const T* source = valid ? rows + row * stride + unit * kUnit : rows;
-    copy_unit(tile + unit / kUnit * entries * kRowBytes + swizzled(row, unit % kUnit), source, valid);
-  }
-}
 
 template <typename T>
 __device__ const T* tokens_of(const TensorAttention& params, int64_t sample, int64_t patch) {
@@ -119,14 +75,14 @@ __device__ const T* tokens_of(const TensorAttention& params, int64_t sample, int
 
 // s [64 patches, 72 rows] = T Qᵀ
 template <typename T, int kColumns>
-__device__ void multiply_scores(float (&s)[4 * kBlocks], const char* tile, const char* query, int query_column_bytes) {
+__device__ void multiply_scores(float (&s)[4 * kBlocks], const char* tile, const char* query) {
   wgmma_fence();
 #pragma unroll
   for (int column = 0; column < kColumns; ++column)
 #pragma unroll
-    for (int k = 0; k < kColumn / kPatchesPerProduct; ++k)
-      wgmma_shared<T, false>(s, operand(shared_address(tile + column * kTileBytes) + 32 * k),
-                             operand(shared_address(query + column * query_column_bytes) + 32 * k),
+    for (int k = 0; k < kColumn / kStep; ++k)
+      wgmma_shared<T, false>(s, operand(shared_address(tile + column * kTileBytes) + 2 * kStep * k),
+                             operand(shared_address(query + column * kHalfBytes) + 2 * kStep * k),
                              column > 0 || k > 0);
   wgmma_commit();
   wgmma_wait();
@@ -149,8 +105,6 @@ struct GatherShared {
 
   __device__ char* stage(int tile) const { return stages + tile % kStages * kColumns * kTileBytes; }
 };
-
-__device__ void wait_for_warpgroup() { wait_at_barrier(kOwnBarrier + warpgroup(), kWarpgroup); }
 
 // What to subtract: nothing while every logit of the row was −∞.
 __device__ float finite_shift(float shift) { return shift == -INFINITY ? 0.0f : shift; }
@@ -258,11 +212,11 @@ __device__ void accumulate_context(float (&context)[kColumns][4 * kBlocks], cons
 #pragma unroll
   for (int column = 0; column < kColumns; ++column)
 #pragma unroll
-    for (int k = 0; k < kTile / kPatchesPerProduct; ++k)
+    for (int k = 0; k < kTile / kStep; ++k)
       wgmma_shared<T, true>(
           context[column],
-          operand(shared_address(tile + column * kTileBytes) + k * kPatchesPerProduct * kRowBytes),
-          operand(shared_address(weights) + 32 * k), true);
+          operand(shared_address(tile + column * kTileBytes) + k * kStep * kRowBytes),
+          operand(shared_address(weights) + 2 * kStep * k), true);
   wgmma_commit();
   wgmma_wait();
 }
@@ -294,6 +248,17 @@ __device__ void store_statistics(const Launch& launch, int64_t sample, int row, 
   launch.shift[sample * kTensorRows + row] = shift;
   launch.log_total[sample * kTensorRows + row] = log_total;
   if (row < params.rows) params.lse[sample * params.rows + row] = (shift + log_total) * kLn2;
+}
+
+__device__ void load_statistics(const Launch& launch, int64_t sample, int row, float& shift, float& log_total) {
+  const TensorAttention& params = launch.params;
+  if (params.given_lse) {
+    shift = row < params.rows ? params.lse[sample * params.rows + row] * kLog2E : 0.0f;
+    log_total = 0.0f;
+  } else {
+    shift = launch.shift[sample * kTensorRows + row];
+    log_total = launch.log_total[sample * kTensorRows + row];
+  }
 }
 
 // Normalises and writes the context of the warpgroup's rows, through the shared memory of its query.
@@ -392,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1) gather_kernel(const __grid_consta
 
     float s[4 * kBlocks];
     const int valid_patches = params.patches - tile * kTile;
-    multiply_scores<T, kColumns>(s, shared.stage(tile), shared.query, kHalfBytes);
+    multiply_scores<T, kColumns>(s, shared.stage(tile), shared.query);
     const bool any = __any_sync(kFullWarp, exceeds_shift(shared, s, scale, valid_patches));
     if (lane() == 0) shared.raise[warp()] = any;
     wait_for_warpgroup();
@@ -459,21 +424,28 @@ __global__ void __launch_bounds__(kWarpgroup, 1) combine_kernel(const __grid_con
 // Shared memory of `scatter`, from an address that is a multiple of 1024.
 template <int kColumns, bool kUpdate>
 struct ScatterShared {
-  int buffers;  // tiles per warpgroup: 2, so that one comes while the other is worked on, where there is room
   char* query = aligned_shared_memory();                             // [columns][144][64]
   char* pose_value = query + kColumns * kRowsBytes;                  // the same
-  char* tiles = pose_value + (kUpdate ? kColumns * kRowsBytes : 0);  // [2][buffers][columns][64][64]
-  float* shift = reinterpret_cast<float*>(tiles + 2 * buffers * kColumns * kTileBytes);
+  char* slots = pose_value + (kUpdate ? kColumns * kRowsBytes : 0);  // [2][slots][64][64]
+  float* shift = reinterpret_cast<float*>(slots + 2 * kSlots * kTileBytes);
   float* log_total = shift + kTensorRows;
-  char* staging = reinterpret_cast<char*>(log_total + kTensorRows);  // [2][64][channels + rows] elements
-
-  __device__ char* tile(int turn) const {
-    return tiles + (warpgroup() * buffers + turn % buffers) * kColumns * kTileBytes;
-  }
+  char* results = reinterpret_cast<char*>(log_total + kTensorRows);  // [2]: two columns of a tile, or its attention
 };
 
-// s of both halves becomes A; returns its sums over the rows, of the thread's two patches.
-__device__ float2 weigh(float (&s)[2][4 * kBlocks], const float* shift, const float* log_total, float scale, int rows) {
+size_t result_bytes(const TensorAttention& params) {
+  const size_t update = params.pose_value == nullptr ? 0 : 2 * kTileBytes;
+  const size_t attention = params.attention == nullptr ? 0 : kTile * (params.channels + params.attention_rows) * 2;
+  return update + attention;
+}
+
+size_t scatter_bytes(const TensorAttention& params) {
+  const size_t rows = static_cast<size_t>(columns_of(params.width)) * kRowsBytes;
+  return kSwizzleBytes + (params.pose_value == nullptr ? 1 : 2) * rows + 2 * kSlots * kTileBytes +
+         sizeof(float) * 2 * kTensorRows + 2 * result_bytes(params);
+}
+
+// s becomes A; returns its sums over the rows, of the thread's two patches.
+__device__ float2 weigh(Scores& s, const float* shift, const float* log_total, float scale, int rows) {
   float2 sums = {0.0f, 0.0f};
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -502,10 +474,36 @@ __device__ float join_columns(float value) {
   return value + __shfl_xor_sync(kFullWarp, value, 2);
 }
 
-// tile = tile + A U, in place.
+__device__ void store_importance(const TensorAttention& params, int64_t sample, int patch, float2 sums) {
+  sums = float2{join_columns(sums.x), join_columns(sums.y)};
+  float* importance = params.importance + sample * params.patches + patch;
+  const int row = result_row();
+  if (lane() % 4 == 0 && patch + row < params.patches) importance[row] = sums.x / params.rows;
+  if (lane() % 4 == 0 && patch + row + 8 < params.patches) importance[row + 8] = sums.y / params.rows;
+}
+
+// The tokens of a tile as the update is laid out: two elements to a register, [block][row r, row r + 8] of each column.
 template <typename T, int kColumns>
-__device__ void update_tile(char* tile, const float (&s)[2][4 * kBlocks], const char* pose_value) {
-  constexpr int kSteps = kTensorRows / 16;
+__device__ void load_tokens(uint32_t (&tokens)[kColumns][16], const TensorAttention& params, int64_t sample, int patch) {
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
+    const int row = min(patch + result_row() + 8 * lower, params.patches - 1);
+    const T* from = tokens_of<T>(params, sample, row);
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column)
+#pragma unroll
+      for (int block = 0; block < kColumn / 8; ++block) {
+        const int at = column * kColumn + result_column(block);
+        tokens[column][2 * block + lower] = at < params.width ? *reinterpret_cast<const uint32_t*>(from + at) : 0;
+      }
+  }
+}
+
+// tokens + A U of one tile, to device memory.
+template <typename T, int kColumns>
+__device__ void store_update(const TensorAttention& params, int64_t sample, int patch, const Scores& s,
+                             const uint32_t (&tokens)[kColumns][16], const char* pose_value, char* results) {
+  constexpr int kSteps = kTensorRows / kStep;
   uint32_t attention[kSteps][4];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
@@ -516,77 +514,79 @@ __device__ void update_tile(char* tile, const float (&s)[2][4 * kBlocks], const 
       const int at = 4 * (block % kBlocks) + 2 * (part % 2);
       attention[step][part] = pack<T>(values[at], values[at + 1]);
     }
-  float update[kColumns][32];
+  float updated[kColumns][32];
+#pragma unroll
+  for (int column = 0; column < kColumns; ++column)
+#pragma unroll
+    for (int pair = 0; pair < 16; ++pair)
+      unpack<T>(tokens[column][pair], updated[column][2 * pair], updated[column][2 * pair + 1]);
   wgmma_fence();
 #pragma unroll
   for (int column = 0; column < kColumns; ++column)
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
-      wgmma_registers<T>(update[column], attention[step],
-                         operand(shared_address(pose_value + column * kRowsBytes) + step * 16 * kRowBytes), step > 0);
+      wgmma_registers<T>(updated[column], attention[step],
+                         operand(shared_address(pose_value + column * kRowsBytes) + step * kStep * kRowBytes), true);
   wgmma_commit();
   wgmma_wait();
+  T* out = static_cast<T*>(params.patches_out) + (sample * params.patches + patch) * params.width;
 #pragma unroll
-  for (int column = 0; column < kColumns; ++column)
+  for (int column = 0; column < kColumns; ++column) {
+    char* result = results + column % 2 * kTileBytes;
 #pragma unroll
     for (int block = 0; block < kColumn / 8; ++block)
 #pragma unroll
       for (int lower = 0; lower < 2; ++lower) {
-        T* at = reinterpret_cast<T*>(tile + column * kTileBytes + swizzled(result_row() + 8 * lower, block)) +
-                2 * (lane() % 4);
-        const float* add = &update[column][4 * block + 2 * lower];
-        *reinterpret_cast<uint32_t*>(at) = pack<T>(to_float(at[0]) + add[0], to_float(at[1]) + add[1]);
+        const float* pair = &updated[column][4 * block + 2 * lower];
+        *reinterpret_cast<uint32_t*>(result + swizzled(result_row() + 8 * lower, block) + 4 * (lane() % 4)) =
+            pack<T>(pair[0], pair[1]);
       }
-}
-
-// Calls function(row, unit) for the 16-byte units of a tile's first `count` rows, within the width.
-template <int kColumns, typename Function>
-__device__ void for_each_unit(int count, int width, Function function) {
-  constexpr int kUnits = kColumns * kColumn / kUnit;
-  for (int i = member(); i < kTile * kUnits; i += kWarpgroup) {
-    const int row = i / kUnits, unit = i % kUnits;
-    if (row < count && unit * kUnit < width) function(row, unit);
+    wait_for_warpgroup();  // also: the column before the last has been read
+    for (int i = member(); i < kTile * kUnit; i += kWarpgroup) {
+      const int row = i / kUnit, unit = i % kUnit, at = column * kColumn + unit * kUnit;
+      if (patch + row < params.patches && at < params.width)
+        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * params.width + at) =
+            *reinterpret_cast<const uint4*>(result + swizzled(row, unit));
+    }
   }
 }
 
-template <int kColumns>
-__device__ const uint4& unit_of(const char* tile, int row, int unit) {
-  return *reinterpret_cast<const uint4*>(tile + unit / kUnit * kTileBytes + swizzled(row, unit % kUnit));
-}
-
-// [tokens | A] of one tile through shared memory: its rows lie one after the other in device memory, whatever their
-// width.
-template <typename T, int kColumns>
-__device__ void store_attention(const TensorAttention& params, int64_t sample, int patch, const char* tile,
-                                char* staging, const float (&s)[2][4 * kBlocks]) {
-  const int width = params.channels + params.rows;
+// [tokens | A] of one tile to device memory, in whole units where rows consist of such.
+template <typename T>
+__device__ void store_attention(const TensorAttention& params, int64_t sample, int patch, char* results,
+                                const Scores& s) {
+  const int width = params.channels + params.attention_rows;
   const int count = min(kTile, params.patches - patch);
-  T* rows = reinterpret_cast<T*>(staging);
-  if (params.channels > 0)
-    for_each_unit<kColumns>(count, params.width, [&](int row, int unit) {
-      const uint4 given = unit_of<kColumns>(tile, row, unit);
-      memcpy(rows + row * width + unit * kUnit, &given, sizeof(given));
-    });
+  T* rows = reinterpret_cast<T*>(results);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int i = 0; i < 4 * kBlocks; ++i) {
       const int row = half * kHalf + result_column(i / 4) + i % 2;
       const int at = (result_row() + i / 2 % 2 * 8) * width + params.channels + row;
-      if (row < params.rows) from_float(s[half][i], rows[at]);
+      if (row < params.attention_rows) from_float(s[half][i], rows[at]);
     }
+  const int units = params.channels / kUnit;
+  for (int i = member(); i < count * units; i += kWarpgroup) {
+    const int row = i / units, unit = i % units;
+    const uint4 given = *reinterpret_cast<const uint4*>(tokens_of<T>(params, sample, patch + row) + unit * kUnit);
+    memcpy(rows + row * width + unit * kUnit, &given, sizeof(given));
+  }
   wait_for_warpgroup();
-  T* out = static_cast<T*>(params.attention) + (sample * params.patches + patch) * width;
-  const int elements = count * width;
-  if (reinterpret_cast<uintptr_t>(out) % 16 == 0 && elements % kUnit == 0) {
-    for (int i = member(); i < elements / kUnit; i += kWarpgroup)
-      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(rows)[i];
+  T* out = static_cast<T*>(params.attention) + (sample * params.patches + patch) * params.attention_stride;
+  if (reinterpret_cast<uintptr_t>(out) % 16 == 0 && params.attention_stride % kUnit == 0 && width % kUnit == 0) {
+    for (int i = member(); i < count * (width / kUnit); i += kWarpgroup) {
+      const int row = i / (width / kUnit), unit = i % (width / kUnit);
+      reinterpret_cast<uint4*>(out + row * params.attention_stride)[unit] =
+          reinterpret_cast<const uint4*>(rows + row * width)[unit];
+    }
   } else {
-    for (int i = member(); i < elements; i += kWarpgroup) out[i] = rows[i];
+    for (int i = member(); i < count * width; i += kWarpgroup)
+      out[i / width * params.attention_stride + i % width] = rows[i];
   }
 }
 
-// Block share + shares · sample; tile first + 2 · turn + warpgroup of the share.
+// Block share + shares · sample; tile first + 2 · turn of the share.
 template <typename T, int kColumns, bool kUpdate>
 __global__ void __launch_bounds__(kThreads, 1) scatter_kernel(const __grid_constant__ Launch launch) {
   const TensorAttention& params = launch.params;
@@ -595,136 +595,95 @@ __global__ void __launch_bounds__(kThreads, 1) scatter_kernel(const __grid_const
   const int tiles = (params.patches + kTile - 1) / kTile;
   const int first = share * launch.scatter_tiles + warpgroup();
   const int end = min((share + 1) * launch.scatter_tiles, tiles);
+  const int turns = max(0, (end - first + 1) / 2);
   const float scale = params.scale * kLog2E;
-  const ScatterShared<kColumns, kUpdate> shared{launch.scatter_buffers};
+  const ScatterShared<kColumns, kUpdate> shared;
   const int64_t rows_before = sample * params.rows * params.width;
-  const auto copy_tokens = [&](int turn) {
-    const int tile = first + 2 * turn;
-    if (tile < end)
-      copy_tile<T, kColumns>(shared.tile(turn), kTile, tokens_of<T>(params, sample, static_cast<int64_t>(tile) * kTile),
-                             params.tokens_patch_stride, params.patches - tile * kTile, params.width, member(),
-                             kWarpgroup);
-    commit_copies();
-  };
   copy_tile<T, kColumns>(shared.query, kTensorRows, static_cast<const T*>(params.query) + rows_before, params.width,
                          params.rows, params.width, threadIdx.x, kThreads);
   if constexpr (kUpdate)
     copy_tile<T, kColumns>(shared.pose_value, kTensorRows, static_cast<const T*>(params.pose_value) + rows_before,
                            params.width, params.rows, params.width, threadIdx.x, kThreads);
-  copy_tokens(0);
-  for (int row = threadIdx.x; row < kTensorRows; row += kThreads) {
-    shared.shift[row] = launch.shift[sample * kTensorRows + row];
-    shared.log_total[row] = launch.log_total[sample * kTensorRows + row];
-  }
-  wait_for_copies<0>();
+  commit_copies();
+  const auto copy_column = [&](int n, char* slot) {
+    const int patch = (first + n / kColumns * 2) * kTile, at = n % kColumns * kColumn;
+    copy_tile<T, 1>(slot, kTile, tokens_of<T>(params, sample, patch) + at, params.tokens_patch_stride,
+                    params.patches - patch, params.width - at, member(), kWarpgroup);
+  };
+  ColumnStream<kSlots, decltype(copy_column)> columns(shared.slots + warpgroup() * kSlots * kTileBytes,
+                                                      turns * kColumns, copy_column);
+  for (int row = threadIdx.x; row < kTensorRows; row += kThreads)
+    load_statistics(launch, sample, row, shared.shift[row], shared.log_total[row]);
+  wait_for_copies<kSlots - 1>();
   publish_to_tensor_cores();
   __syncthreads();
 
-  for (int turn = 0; first + 2 * turn < end; ++turn) {
+  char* results = shared.results + warpgroup() * launch.result_bytes;
+  for (int turn = 0; turn < turns; ++turn) {
     const int patch = (first + 2 * turn) * kTile;
-    char* tile = shared.tile(turn);
-    if (shared.buffers > 1) copy_tokens(turn + 1);
-    float s[2][4 * kBlocks];
-    multiply_scores<T, kColumns>(s[0], tile, shared.query, kRowsBytes);
-    multiply_scores<T, kColumns>(s[1], tile, shared.query + kHalfBytes, kRowsBytes);
-    float2 sums = weigh(s, shared.shift, shared.log_total, scale, params.rows);
-    if (params.importance != nullptr) {
-      sums = float2{join_columns(sums.x), join_columns(sums.y)};
-      float* importance = params.importance + sample * params.patches + patch;
-      const int row = result_row();
-      if (lane() % 4 == 0 && patch + row < params.patches) importance[row] = sums.x / params.rows;
-      if (lane() % 4 == 0 && patch + row + 8 < params.patches) importance[row + 8] = sums.y / params.rows;
-    }
-    if (params.attention != nullptr)
-      store_attention<T, kColumns>(params, sample, patch, tile,
-                                   shared.staging + warpgroup() * kTile * (params.channels + params.rows) * sizeof(T),
-                                   s);
-    if constexpr (kUpdate) {
-      update_tile<T, kColumns>(tile, s, shared.pose_value);
-      wait_for_warpgroup();
-      T* out = static_cast<T*>(params.patches_out) + (sample * params.patches + patch) * params.width;
-      for_each_unit<kColumns>(params.patches - patch, params.width, [&](int row, int unit) {
-        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * params.width + unit * kUnit) =
-            unit_of<kColumns>(tile, row, unit);
-      });
-    }
-    wait_for_warpgroup();
-    if (shared.buffers == 1) copy_tokens(turn + 1);
-    wait_for_copies<0>();
-    publish_to_tensor_cores();
-    wait_for_warpgroup();
+    Scores s = {};
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column)
+      multiply_column<T>(s, columns.next(), shared.query + column * kRowsBytes, column > 0);
+    uint32_t tokens[kColumns][16];
+    if constexpr (kUpdate) load_tokens<T, kColumns>(tokens, params, sample, patch);
+    const float2 sums = weigh(s, shared.shift, shared.log_total, scale, params.rows);
+    if (params.importance != nullptr) store_importance(params, sample, patch, sums);
+    if constexpr (kUpdate)
+      store_update<T, kColumns>(params, sample, patch, s, tokens, shared.pose_value, results);
+    else if (params.attention != nullptr)
+      store_attention<T>(params, sample, patch, results, s);
   }
-}
-
-int columns_of(const TensorAttention& params) { return static_cast<int>(ceil_div(params.width, kColumn)); }
-
-int64_t tiles_of(const TensorAttention& params) { return ceil_div(params.patches, kTile); }
-
-// Blocks for one sample: fewest tiles one after the other, where a block costs `overhead` tiles beside its own.
-int32_t choose_shares(const TensorAttention& params, int64_t overhead) {
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  int64_t best_cost = INT64_MAX;
-  int32_t best = 1;
-  for (int64_t shares = 1; shares <= tiles_of(params) && shares <= kMaxShares; ++shares) {
-    const int64_t waves = ceil_div(shares * params.batch, multiprocessors);
-    const int64_t cost = waves * (ceil_div(tiles_of(params), shares) + overhead) + shares / 4;
-    if (cost < best_cost) {
-      best_cost = cost;
-      best = static_cast<int32_t>(shares);
-    }
-  }
-  return best;
-}
-
-size_t scatter_bytes(const TensorAttention& params, int buffers) {
-  const size_t columns = columns_of(params);
-  const size_t staging = params.attention == nullptr ? 0 : kTile * (params.channels + params.rows) * 2;
-  return kSwizzleBytes + (params.pose_value == nullptr ? 1 : 2) * columns * kRowsBytes +
-         2 * (buffers * columns * kTileBytes + staging) + sizeof(float) * 2 * kTensorRows;
 }
 
 // How the work is shared out, and where everything lies in the workspace.
 Launch plan(const TensorAttention& params) {
   Launch launch{};
   launch.params = params;
-  launch.shares = choose_shares(params, kGatherOverhead);
-  launch.tiles_per_share = static_cast<int32_t>(ceil_div(tiles_of(params), launch.shares));
-  launch.shares = static_cast<int32_t>(ceil_div(tiles_of(params), launch.tiles_per_share));  // none is empty
-  launch.scatter_shares = choose_shares(params, kScatterOverhead);
-  launch.scatter_buffers = scatter_bytes(params, 2) <= kSharedLimit ? 2 : 1;
-  launch.scatter_tiles = static_cast<int32_t>(ceil_div(tiles_of(params), launch.scatter_shares));
+  launch.shares = choose_shares(params.patches, params.batch, kGatherOverhead);
+  launch.tiles_per_share = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.shares));
+  launch.shares = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.tiles_per_share));  // none is empty
+  launch.scatter_shares = choose_shares(params.patches, params.batch, kScatterOverhead);
+  launch.scatter_tiles = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.scatter_shares));
+  launch.result_bytes = static_cast<int32_t>(result_bytes(params));
+  if (params.given_lse) return launch;
   const int64_t rows = static_cast<int64_t>(params.batch) * kTensorRows;
+  const int64_t shares = launch.shares > 1 ? launch.shares : 0;
   launch.share_context = params.workspace;  // first: read as float4
-  launch.shift = params.workspace + (launch.shares > 1 ? launch.shares * rows * columns_of(params) * kColumn : 0);
+  launch.shift = launch.share_context + shares * rows * columns_of(params.width) * kColumn;
   launch.log_total = launch.shift + rows;
   launch.share_shift = launch.log_total + rows;
-  launch.share_total = launch.share_shift + (launch.shares > 1 ? launch.shares * rows : 0);
+  launch.share_total = launch.share_shift + shares * rows;
   return launch;
+}
+
+template <typename T, int kColumns>
+cudaError_t launch_scatter(const Launch& launch_plan) {
+  const TensorAttention& params = launch_plan.params;
+  if (params.pose_value == nullptr && params.importance == nullptr && params.attention == nullptr) return cudaSuccess;
+  const auto kernel = params.pose_value != nullptr ? scatter_kernel<T, kColumns, true>
+                                                   : scatter_kernel<T, kColumns, false>;
+  return launch(kernel, static_cast<int64_t>(launch_plan.scatter_shares) * params.batch, kThreads,
+                scatter_bytes(params), params.stream, launch_plan);
 }
 
 template <typename T, int kColumns>
 cudaError_t launch_all(const Launch& launch_plan) {
   const TensorAttention& params = launch_plan.params;
   const int64_t batch = params.batch;
-  cudaError_t error = launch(gather_kernel<T, kColumns>, launch_plan.shares * batch, kThreads,
-                             GatherShared<kColumns>::kBytes, params.stream, launch_plan);
-  if (error != cudaSuccess) return error;
-  if (launch_plan.shares > 1)
+  cudaError_t error = cudaSuccess;
+  if (!params.given_lse)
+    error = launch(gather_kernel<T, kColumns>, launch_plan.shares * batch, kThreads, GatherShared<kColumns>::kBytes,
+                   params.stream, launch_plan);
+  if (error == cudaSuccess && !params.given_lse && launch_plan.shares > 1)
     error = launch(combine_kernel<T, kColumns>, batch * 2 * kColumns * kBlocks, kWarpgroup, 0, params.stream,
                    launch_plan);
-  if (error != cudaSuccess) return error;
-  if (params.pose_value == nullptr && params.importance == nullptr && params.attention == nullptr) return cudaSuccess;
-  const auto kernel = params.pose_value != nullptr ? scatter_kernel<T, kColumns, true>
-                                                   : scatter_kernel<T, kColumns, false>;
-  return launch(kernel, launch_plan.scatter_shares * batch, kThreads,
-                scatter_bytes(params, launch_plan.scatter_buffers), params.stream, launch_plan);
+  return error == cudaSuccess ? launch_scatter<T, kColumns>(launch_plan) : error;
 }
 
 template <typename T>
 cudaError_t launch_width(const Launch& launch_plan) {
-  switch (columns_of(launch_plan.params)) {
+  switch (columns_of(launch_plan.params.width)) {
     case 1:
       return launch_all<T, 1>(launch_plan);
     case 2:
@@ -736,30 +695,20 @@ cudaError_t launch_width(const Launch& launch_plan) {
   }
 }
 
-bool on_hopper() {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
-}
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 }  // namespace
 
 bool tensor_attention_serves(const TensorAttention& params) {
   return (params.dtype == kFloat16 || params.dtype == kBFloat16) && params.rows <= kTensorRows &&
          params.width <= kTensorWidth && params.width % kUnit == 0 && params.tokens_batch_stride % kUnit == 0 &&
          params.tokens_patch_stride % kUnit == 0 && aligned(params.query) && aligned(params.tokens) &&
-         aligned(params.pose_value) && aligned(params.context) && aligned(params.patches_out) && scatter_bytes(params, 1) <= kSharedLimit && on_hopper();
+         aligned(params.pose_value) && aligned(params.context) && aligned(params.patches_out) && scatter_bytes(params) <= kSharedLimit && on_hopper();
 }
 
 int64_t tensor_attention_workspace(const TensorAttention& params) {
   const Launch launch = plan(params);
   const int64_t rows = static_cast<int64_t>(params.batch) * kTensorRows;
-  const int64_t of_share = rows * (columns_of(params) * kColumn + 2);
-  return 2 * rows + (launch.shares > 1 ? launch.shares * of_share : 0);
+  const int64_t of_share = rows * (columns_of(params.width) * kColumn + 2);
+  return params.given_lse ? 0 : 2 * rows + (launch.shares > 1 ? launch.shares * of_share : 0);
 }
 
 extern "C" cudaError_t tensor_attention_forward(const TensorAttention* params) {

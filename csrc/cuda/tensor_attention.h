@@ -25,9 +25,12 @@ struct TensorAttention {
   const void* pose_value;   // [batch, rows, width]; null: no update
   void* context;            // [batch, rows, width]
   float* lse;               // [batch, rows]
+  bool given_lse;           // lse is read, and there is no context: only what the attention gives is wanted
   void* patches_out;        // [batch, patches, width]; null without pose_value
   float* importance;        // [batch, patches]; null: not wanted
-  void* attention;          // [batch, patches, channels + rows]; null: not wanted
+  void* attention;          // [batch, patches, …], rows of channels + attention_rows elements; null: not wanted
+  int64_t attention_stride;  // from patch to patch, in elements
+  int32_t attention_rows;   // `rows`, or more: the others are zero
   int32_t channels;         // width: the tokens come before the attention; 0: they do not
   float* workspace;         // tensor_attention_workspace(params) elements
   cudaStream_t stream;

@@ -132,7 +132,7 @@ def why_not_cuda_of_any_width(*tensors: Tensor) -> str | None:
 TENSOR_CORE_ROWS, TENSOR_CORE_WIDTH = 144, 256
 
 
-def why_not_tensor_cores(query: Tensor, widest: int = TENSOR_CORE_WIDTH) -> str | None:
+def why_not_tensor_cores(query: Tensor, *tokens: Tensor) -> str | None:
     """Why csrc/cuda/tensor_attention.cu cannot serve query [B, H, J, E] over one head of tokens, key and value."""
     reason = why_not_cuda_of_any_width(query) or _not_hopper(query.device)
     if reason is not None:
@@ -142,9 +142,9 @@ def why_not_tensor_cores(query: Tensor, widest: int = TENSOR_CORE_WIDTH) -> str 
     rows, width = query.shape[1] * query.shape[2], query.shape[3]
     if rows > TENSOR_CORE_ROWS:
         return f"serves up to {TENSOR_CORE_ROWS} query rows H·J, got {rows}"
-    if width > widest or width % 8:
-        return f"serves widths that are multiples of 8 up to {widest}, got {width}"
-    return triton_missing() and f"its backward is Triton's: {triton_missing()}"
+    if width > TENSOR_CORE_WIDTH or width % 8:
+        return f"serves widths that are multiples of 8 up to {TENSOR_CORE_WIDTH}, got {width}"
+    return None
 
 
 def _not_hopper(device: torch.device) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from liftbyimage.ops import _tensor_cores
 from liftbyimage.ops._checks import check_attention, check_scale
 from liftbyimage.ops._dispatch import (
     Backend,
@@ -27,6 +28,7 @@ from liftbyimage.ops._dispatch import (
     native_op,
     needs_graph,
     never,
+    python_op,
     select,
     triton_op,
     why_not_cpu,
@@ -167,6 +169,29 @@ count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_native_backward, _triton_backward), _backward_flops)
 
 
+def _run_tensor_backward(
+    grad_context: Tensor | None,
+    grad_importance: Tensor | None,
+    grad_attention: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    scale: float,
+    need_token_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if grad_attention is not None:
+        grad_attention = grad_attention.flatten(1, 2).transpose(1, 2)  # [B, P, R]
+    incoming = _tensor_cores.Incoming(grad_context, None, grad_importance, grad_attention)
+    gradients = _tensor_cores.backward(incoming, query, key[:, 0], None, context, lse, scale, need_token_grads)
+    empty = key.new_empty(0)
+    return gradients.query, empty if gradients.tokens is None else gradients.tokens[:, None], empty.clone()
+
+
+_tensor_backward = python_op(f"{OP}_tensor_backward", _BACKWARD_SCHEMA, _run_tensor_backward, _fake_backward)
+count_flops((_tensor_backward,), _backward_flops)
+
 
 def _why_not_cuda(query: Tensor, *key_and_value: Tensor) -> str | None:
     tokens = key_and_value[0] if key_and_value else query
@@ -178,7 +203,7 @@ def _why_not_cuda(query: Tensor, *key_and_value: Tensor) -> str | None:
 # The compiled CPU kernel and Triton never serve the same tensor, except that Triton's interpreter can.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
-    Backend("cuda", _why_not_cuda, _native_forward, _triton_backward),
+    Backend("cuda", _why_not_cuda, _native_forward, _tensor_backward),
     Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
     Backend("reference", never),
 )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from liftbyimage.ops import _tensor_cores
 from liftbyimage.ops._checks import (
     check_positive,
     check_same_device,
@@ -33,6 +34,7 @@ from liftbyimage.ops._dispatch import (
     native_op,
     needs_graph,
     never,
+    python_op,
     select,
     triton_op,
     why_not_cpu,
@@ -127,17 +129,35 @@ def _backward_flops(
 count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_native_backward, _triton_backward), _backward_flops)
 
-_WIDEST_ON_CUDA = 192  # whose tile and result share a block's memory
+
+def _run_tensor_backward(
+    grad_context: Tensor | None,
+    grad_guided: Tensor | None,
+    query: Tensor,
+    channels: Tensor,
+    context: Tensor,
+    lse: Tensor,
+    scale: float,
+    need_channel_grads: bool,
+) -> tuple[Tensor, Tensor]:
+    width = channels.shape[2]
+    grad_channels, grad_attention = (
+        (None, None) if grad_guided is None else (grad_guided[:, :, :width], grad_guided[:, :, width:])
+    )
+    incoming = _tensor_cores.Incoming(grad_context, None, None, grad_attention)
+    gradients = _tensor_cores.backward(incoming, query, channels, None, context, lse, scale, need_channel_grads)
+    if gradients.tokens is None:
+        return gradients.query, channels.new_empty(0)
+    return gradients.query, gradients.tokens if grad_channels is None else gradients.tokens + grad_channels
 
 
-def _why_not_cuda(query: Tensor, *channels: Tensor) -> str | None:
-    return why_not_tensor_cores(query, _WIDEST_ON_CUDA)
-
+_tensor_backward = python_op(f"{OP}_tensor_backward", _BACKWARD_SCHEMA, _run_tensor_backward, _fake_backward)
+count_flops((_tensor_backward,), _backward_flops)
 
 # The compiled CPU kernel and Triton never serve the same tensor, except that Triton's interpreter can.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
-    Backend("cuda", _why_not_cuda, _native_forward, _triton_backward),
+    Backend("cuda", why_not_tensor_cores, _native_forward, _tensor_backward),
     Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
     Backend("reference", never),
 )

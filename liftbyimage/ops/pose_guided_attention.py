@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from liftbyimage.ops import _tensor_cores
 from liftbyimage.ops._checks import (
     check_attention,
     check_positive,
@@ -35,10 +36,12 @@ from liftbyimage.ops._dispatch import (
     native_op,
     needs_graph,
     never,
+    python_op,
     select,
     triton_op,
     why_not_cpu,
     why_not_cuda,
+    why_not_tensor_cores,
     why_not_triton,
 )
 from liftbyimage.ops.attend_patches import attention_flops, reference_attention, statistics_dtype
@@ -185,12 +188,44 @@ def _backward_flops(
 count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_native_backward, _triton_backward), _backward_flops)
 
-# CUDA stands behind Triton until a run on a GPU shows it ahead: it is so far verified by emulation and compilation
-# only.
+
+def _run_cuda_backward(
+    grad_context: Tensor | None,
+    grad_patches: Tensor | None,
+    grad_importance: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    pose_value: Tensor,
+    context: Tensor,
+    lse: Tensor,
+    scale: float,
+    need_token_grads: bool,
+    patches_is_key: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """On tensor cores what the forward computes there; the rest by the plain kernels."""
+    one_tensor = value is None and patches_is_key
+    if not one_tensor or why_not_tensor_cores(query) is not None:
+        incoming = (grad_context, grad_patches, grad_importance)
+        saved = (query, key, value, pose_value, context, lse, scale, need_token_grads, patches_is_key)
+        assert _native_backward is not None
+        plain: tuple[Tensor, Tensor, Tensor, Tensor] = _native_backward(*incoming, *saved)
+        return plain
+    arrived = _tensor_cores.Incoming(grad_context, grad_patches, grad_importance)
+    gradients = _tensor_cores.backward(arrived, query, key[:, 0], pose_value, context, lse, scale, need_token_grads)
+    empty = key.new_empty(0)
+    assert gradients.pose_value is not None
+    grad_key = empty if gradients.tokens is None else gradients.tokens[:, None]
+    return gradients.query, grad_key, empty.clone(), gradients.pose_value
+
+
+_cuda_backward = python_op(f"{OP}_cuda_backward", _BACKWARD_SCHEMA, _run_cuda_backward, _fake_backward)
+count_flops((_cuda_backward,), _backward_flops)
+
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
+    Backend("cuda", why_not_cuda, _native_forward, _cuda_backward),
     Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
-    Backend("cuda", why_not_cuda, _native_forward, _native_backward, batch_independent=True),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -280,7 +315,7 @@ def pose_guided_attention(
         patches: [B, P, D]; or, where Hk = 1, the very object `key` [B, 1, P, D], whose tokens are then read once and
             whose gradient comes in one piece.
         scale: factor on the scores before the softmax; E ** -0.5 if None.
-        backend: "cpu", "triton", "cuda" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
+        backend: "cpu", "cuda", "triton" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         PoseGuidedAttention: `context` [B, H, J, F] and `patches` [B, P, D] in the input dtype, `importance` [B, P] in

@@ -15,6 +15,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+using std::max;
 using std::min;
 
 struct alignas(8) float2 {

@@ -1,0 +1,137 @@
+// What the kernels of attention on Hopper's tensor cores share: tiles of 64 patches on the 64 side of a product, up to 144
+// rows in two halves of 72 on its N side. For .cu files only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common.h"
+#include "hopper.h"
+#include "tensor_attention.h"
+#include "warps.h"
+
+namespace liftbyimage::cuda {
+
+constexpr int kThreads = 2 * kWarpgroup;
+constexpr int kWarps = kWarpgroup / kWarp;  // of a warpgroup
+constexpr int kHalf = kTensorRows / 2;      // rows of one product
+constexpr int kBlocks = kHalf / 8;          // blocks of eight columns of a result
+constexpr int kTile = 64;                   // patches
+constexpr int kStep = 16;                   // entries that one product sums over
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kTileBytes = kTile * kRowBytes;        // a column of a tile
+constexpr int kHalfBytes = kHalf * kRowBytes;        // a column of 72 rows
+constexpr int kRowsBytes = kTensorRows * kRowBytes;  // a column of all rows
+constexpr size_t kSharedLimit = 232448;              // bytes that a block may use
+constexpr int kOwnBarrier = 1;                       // + warpgroup: a named barrier of its 128 threads
+
+using Scores = float[2][4 * kBlocks];  // [64 patches, 144 rows] in halves, as products leave them
+
+__device__ inline int warpgroup() { return threadIdx.x / kWarpgroup; }
+__device__ inline int member() { return threadIdx.x % kWarpgroup; }
+__device__ inline int warp() { return member() / kWarp; }
+__device__ inline int lane() { return threadIdx.x % kWarp; }
+__device__ inline int result_row() { return 16 * warp() + lane() / 4; }  // and the one 8 below
+__device__ inline int result_column(int block) { return 8 * block + 2 * (lane() % 4); }  // and the one beside
+__device__ inline void wait_for_warpgroup() { wait_at_barrier(kOwnBarrier + warpgroup(), kWarpgroup); }
+
+__device__ inline char* aligned_shared_memory() {
+  char* start = reinterpret_cast<char*>(shared_memory);
+  return start + (kSwizzleBytes - shared_address(start) % kSwizzleBytes) % kSwizzleBytes;
+}
+
+// Copies `entries` rows of `width` elements into a tile of kColumns columns, the threads `thread` of `threads` together;
+// rows from `count` on, and what is beyond the width, become zero.
+template <typename T, int kColumns>
+__device__ void copy_tile(char* tile, int entries, const T* rows, int64_t stride, int count, int width, int thread,
+                          int threads) {
+  constexpr int kUnits = kColumns * kColumn / kUnit;
+  for (int i = thread; i < entries * kUnits; i += threads) {
+    const int row = i / kUnits;
+    const int unit = i % kUnits;
+    const bool valid = row < count && unit * kUnit < width;
+    const T* source = valid ? rows + row * stride + unit * kUnit : rows;
+    copy_unit(tile + unit / kUnit * entries * kRowBytes + swizzled(row, unit % kUnit), source, valid);
+  }
+}
+
+// The columns of the tiles that a warpgroup works on, in the order of their use: each is copied kSlots − 1 uses ahead.
+// copy(n, slot) copies the n-th of `count`.
+template <int kSlots, typename Copy>
+class ColumnStream {
+ public:
+  __device__ ColumnStream(char* slots, int count, Copy copy) : slots_(slots), count_(count), copy_(copy) {
+    for (int n = 0; n + 1 < kSlots; ++n) start(n);
+  }
+
+  // The next column. The products with the one before must have been waited for: its place is taken.
+  __device__ const char* next() {
+    wait_for_copies<kSlots - 2>();
+    publish_to_tensor_cores();
+    wait_for_warpgroup();
+    start(used_ + kSlots - 1);
+    return slot(used_++);
+  }
+
+ private:
+  __device__ char* slot(int n) const { return slots_ + n % kSlots * kTileBytes; }
+
+  __device__ void start(int n) {
+    if (n < count_) copy_(n, slot(n));
+    commit_copies();
+  }
+
+  char* slots_;
+  int count_;
+  Copy copy_;
+  int used_ = 0;
+};
+
+// s (+)= one column of a tile times the same column of all rows.
+template <typename T>
+__device__ void multiply_column(Scores& s, const char* tile_column, const char* rows_column, bool accumulate) {
+  wgmma_fence();
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int k = 0; k < kColumn / kStep; ++k)
+      wgmma_shared<T, false>(s[half], operand(shared_address(tile_column) + 2 * kStep * k),
+                             operand(shared_address(rows_column + half * kHalfBytes) + 2 * kStep * k),
+                             accumulate || k > 0);
+  wgmma_commit();
+  wgmma_wait();
+}
+
+inline bool on_hopper() {
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+}
+
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline int columns_of(int32_t width) { return static_cast<int>(ceil_div(width, kColumn)); }
+inline int64_t tiles_of(int32_t patches) { return ceil_div(patches, kTile); }
+
+// Blocks for one sample: fewest tiles one after the other, where a block costs `overhead` tiles beside its own.
+inline int32_t choose_shares(int32_t patches, int32_t batch, int64_t overhead) {
+  constexpr int64_t kMaxShares = 64;
+  int device = 0, multiprocessors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int64_t best_cost = INT64_MAX;
+  int32_t best = 1;
+  for (int64_t shares = 1; shares <= tiles_of(patches) && shares <= kMaxShares; ++shares) {
+    const int64_t waves = ceil_div(shares * batch, multiprocessors);
+    const int64_t cost = waves * (ceil_div(tiles_of(patches), shares) + overhead) + shares / 4;
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = static_cast<int32_t>(shares);
+    }
+  }
+  return best;
+}
+
+}  // namespace liftbyimage::cuda
