@@ -65,7 +65,12 @@ __device__ inline void arrive_at_barrier(int barrier, int threads) {
 // Before the first product that uses registers which the threads have written.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
-__device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
+
+// Waits until at most `kPending` of the warpgroup's groups of products are under way.
+template <int kPending = 0>
+__device__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
 
 // Names an operand of a product that starts at `address`: groups of eight rows are 1024 bytes apart, swizzled over 128.
 __device__ inline uint64_t operand(uint32_t address) {

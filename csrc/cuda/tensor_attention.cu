@@ -25,8 +25,8 @@
 //
 // shift_r is a bound of the row's logits so far, raised only where a logit exceeds it by kHeadroom (powers of 2): what
 // is summed stays below 2^kHeadroom times a patch's weight, and raising, which all sums must follow, becomes rare.
-// The two warpgroups of `gather` share the tiles of tokens and little else: each may be most of a tile ahead of the
-// other, so that one's exponentials run beside the other's products.
+// The two warpgroups of `gather` share the tiles of tokens and nothing else. The exponentials of a tile run beside the
+// product that sums the context of the tile before.
 //
 // No atomics; every sum has one order, given the sizes of the call. How a sample is shared out depends on the batch.
 //
@@ -47,7 +47,6 @@ constexpr int kStages = 4;  // tiles of tokens in flight in `gather`
 constexpr int kSlots = 3;   // columns of tokens in flight in a warpgroup of `scatter`
 constexpr float kHeadroom = 8.0f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kOtherBarrier = 3;  // + 2 · warpgroup + parity of the tile: a named barrier, what it is told by the other
 
 // What a block costs beside its tiles, in tiles.
 constexpr int64_t kGatherOverhead = 3;
@@ -73,7 +72,7 @@ __device__ const T* tokens_of(const TensorAttention& params, int64_t sample, int
          patch * params.tokens_patch_stride;
 }
 
-// s [64 patches, 72 rows] = T Qᵀ
+// s [64 patches, 72 rows] = T Qᵀ; left under way.
 template <typename T, int kColumns>
 __device__ void multiply_scores(float (&s)[4 * kBlocks], const char* tile, const char* query) {
   wgmma_fence();
@@ -85,7 +84,6 @@ __device__ void multiply_scores(float (&s)[4 * kBlocks], const char* tile, const
                              operand(shared_address(query + column * kHalfBytes) + 2 * kStep * k),
                              column > 0 || k > 0);
   wgmma_commit();
-  wgmma_wait();
 }
 
 // Shared memory of `gather`, from an address that is a multiple of 1024.
@@ -173,9 +171,9 @@ __device__ bool exceeds_shift(const GatherShared<kColumns>& shared, const float 
          (result_row() + 8 < valid_patches && second > kHeadroom);
 }
 
-// The weights 2^(scale · s − shift) of one tile: summed per row, and into shared memory as [72 rows][64 patches].
-template <typename T, int kColumns>
-__device__ void store_weights(const GatherShared<kColumns>& shared, float (&s)[4 * kBlocks], float scale,
+// s becomes the weights 2^(scale · s − shift) of one tile, which are summed per row.
+template <int kColumns>
+__device__ void weigh(const GatherShared<kColumns>& shared, float (&s)[4 * kBlocks], float scale,
                               int valid_patches, float (&total)[2 * kBlocks]) {
   const bool first_valid = result_row() < valid_patches;
   const bool second_valid = result_row() + 8 < valid_patches;
@@ -190,6 +188,11 @@ __device__ void store_weights(const GatherShared<kColumns>& shared, float (&s)[4
       second = second_valid ? fast_exp2(fmaf(second, scale, -shift)) : 0.0f;
       total[2 * block + side] += first + second;
     }
+}
+
+// The weights into shared memory as [72 rows][64 patches].
+template <typename T, int kColumns>
+__device__ void store_weights(const GatherShared<kColumns>& shared, const float (&s)[4 * kBlocks]) {
   // Thread 8·m + i of a warp names row i of matrix m: of block m / 2, patches 8·(m % 2) … of the warp's sixteen.
   const int unit = 2 * warp() + lane() / 8 % 2;
 #pragma unroll
@@ -205,7 +208,7 @@ __device__ void store_weights(const GatherShared<kColumns>& shared, float (&s)[4
   store_transposed(shared.weights + swizzled(8 * kLast + lane() % 8, unit), matrices);
 }
 
-// context [W, 72 rows] += Tᵀ weights
+// context [W, 72 rows] += Tᵀ weights; left under way.
 template <typename T, int kColumns>
 __device__ void accumulate_context(float (&context)[kColumns][4 * kBlocks], const char* tile, const char* weights) {
   wgmma_fence();
@@ -218,7 +221,6 @@ __device__ void accumulate_context(float (&context)[kColumns][4 * kBlocks], cons
           operand(shared_address(tile + column * kTileBytes) + k * kStep * kRowBytes),
           operand(shared_address(weights) + 2 * kStep * k), true);
   wgmma_commit();
-  wgmma_wait();
 }
 
 // The sums of the warpgroup's rows over all of its threads, in shared.of_warps[0 … 71].
@@ -323,8 +325,6 @@ __global__ void __launch_bounds__(kThreads, 1) gather_kernel(const __grid_consta
   const int end = min(first + launch.tiles_per_share, tiles);
   const float scale = params.scale * kLog2E;
   const GatherShared<kColumns> shared;
-  const int other = 1 - warpgroup();
-
   const int own_rows = params.rows - warpgroup() * kHalf;
   const T* query = static_cast<const T*>(params.query) + (sample * params.rows + warpgroup() * kHalf) * params.width;
   copy_tile<T, kColumns>(shared.query, kHalf, own_rows > 0 ? query : static_cast<const T*>(params.query), params.width,
@@ -336,40 +336,39 @@ __global__ void __launch_bounds__(kThreads, 1) gather_kernel(const __grid_consta
                              kThreads);
     commit_copies();
   };
-  copy_tokens(first);
-  copy_tokens(first + 1);
+  for (int tile = first; tile < first + kStages - 1; ++tile) copy_tokens(tile);
   for (int row = member(); row < kHalf; row += kWarpgroup) shared.shift[row] = -INFINITY;
-  wait_for_copies<1>();
+  wait_for_copies<kStages - 2>();
   publish_to_tensor_cores();
-  arrive_at_barrier(kOtherBarrier + 2 * other + (first + 1) % 2, kThreads);
+  __syncthreads();
 
   float total[2 * kBlocks] = {};
   float context[kColumns][4 * kBlocks] = {};
+  float s[4 * kBlocks] = {};
+  multiply_scores<T, kColumns>(s, shared.stage(first), shared.query);
+  wgmma_wait();
   for (int tile = first; tile < end; ++tile) {
-    // Is told by the other warpgroup that its part of `tile` has come and that it is done with tile − 2, whose place
-    // the copy of tile + 2 takes; tells it the same, a tile on. First the one, then the other: so no message is sent
-    // before the last but one, at the same barrier, was taken.
-    wait_for_copies<0>();
-    publish_to_tensor_cores();
-    wait_at_barrier(kOtherBarrier + 2 * warpgroup() + (tile + 1) % 2, kThreads);
-    arrive_at_barrier(kOtherBarrier + 2 * other + tile % 2, kThreads);
-    copy_tokens(tile + 2);
-
-    float s[4 * kBlocks];
+    // The scores of `tile` are there; the context of the tile before is under way, beside the exponentials.
     const int valid_patches = params.patches - tile * kTile;
-    multiply_scores<T, kColumns>(s, shared.stage(tile), shared.query);
     const bool any = __any_sync(kFullWarp, exceeds_shift(shared, s, scale, valid_patches));
     if (lane() == 0) shared.raise[warp()] = any;
     wait_for_warpgroup();
-    if (shared.raise[0] | shared.raise[1] | shared.raise[2] | shared.raise[3])
+    if (shared.raise[0] | shared.raise[1] | shared.raise[2] | shared.raise[3]) {
+      wgmma_wait();
       raise_shift(shared, s, scale, valid_patches, total, context);
-    store_weights<T, kColumns>(shared, s, scale, valid_patches, total);
+    }
+    weigh(shared, s, scale, valid_patches, total);
+    wgmma_wait();
+    store_weights<T, kColumns>(shared, s);
+    wait_for_copies<kStages - 3>();
     publish_to_tensor_cores();
-    wait_for_warpgroup();
+    __syncthreads();  // weights and the next tile are there, and nobody reads the tile before any more
+    copy_tokens(tile + kStages - 1);
+    multiply_scores<T, kColumns>(s, shared.stage(tile + 1), shared.query);  // after the last tile, of no use
     accumulate_context<T, kColumns>(context, shared.stage(tile), shared.weights);
+    wgmma_wait<1>();
   }
-  // The other's last message is taken, so that no barrier is left half full.
-  wait_at_barrier(kOtherBarrier + 2 * warpgroup() + (end + 1) % 2, kThreads);
+  wgmma_wait();
 
   join_totals(shared, total);
   if (launch.shares > 1) return store_share(launch, sample, share, shared, context);

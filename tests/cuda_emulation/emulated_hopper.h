@@ -30,7 +30,8 @@ void wait_for_copies() {}
 inline void publish_to_tensor_cores() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
-inline void wgmma_wait() {}
+template <int kPending = 0>
+void wgmma_wait() {}
 
 inline void wait_at_barrier(int barrier, int threads) { emulate::Block::current()->sync_named(barrier, threads); }
 inline void arrive_at_barrier(int barrier, int threads) { emulate::Block::current()->arrive_named(barrier, threads); }
