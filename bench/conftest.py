@@ -15,6 +15,8 @@ from row_states import DUE, LEFT_OUT, RowStates
 from verification import Truth
 from workload import CENTRAL, FORWARD, SMOKE, TRAINING, Implementation, Setting
 
+STATE_REPORTER = "liftbyimage row states"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("liftbyimage benchmarks")
@@ -29,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("row_states") is not None:
-        config.pluginmanager.register(StateReporter(RowStates(config.getoption("row_states"))))
+        config.pluginmanager.register(StateReporter(RowStates(config.getoption("row_states"))), STATE_REPORTER)
 
 
 class StateReporter:
@@ -42,10 +44,9 @@ class StateReporter:
         for item in session.items:
             self.states.add(item.nodeid, DUE)
 
-    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+    def leave_out(self, items: list[pytest.Item]) -> None:
         for item in items:
-            if is_compiled(item):
-                self.states.add(item.nodeid, LEFT_OUT)
+            self.states.add(item.nodeid, LEFT_OUT)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
@@ -75,6 +76,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unwanted = [item for item in items if is_compiled(item) != (chosen == "only")]
         items[:] = [item for item in items if is_compiled(item) == (chosen == "only")]
         config.hook.pytest_deselected(items=unwanted)
+        reporter = config.pluginmanager.get_plugin(STATE_REPORTER)
+        if reporter is not None and chosen == "none":
+            reporter.leave_out(unwanted)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

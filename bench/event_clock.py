@@ -1,8 +1,8 @@
 """How rows on a GPU are timed: by CUDA events around the call, with nothing of it in the L2 cache.
 
-pytest-benchmark has no public place for durations that somebody else measured, but its versions 4 and 5 both take a timer
-of one's own by a marker: a function whose difference before and after the call is the call's time. `EventClock` is such
-a function; it stands still but for what two events measured. Statistics, rounds and JSON stay pytest-benchmark's.
+pytest-benchmark has no public place for durations that somebody else measured, but its versions 4 and 5 both take a
+timer of one's own by a marker: a function whose difference before and after the call is the call's time. `EventClock`
+is such a function; it stands still but for what two events measured. Statistics and JSON stay pytest-benchmark's.
 """
 
 from __future__ import annotations
