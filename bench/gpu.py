@@ -56,10 +56,10 @@ def minutes(text: str) -> float:
 
 def run_parts(names: list[str], options: Options, budget: Budget, outcomes: list[Outcome]) -> None:
     """Append the outcome of each part as it ends, so that an interruption leaves those that did."""
-    for name in names:
+    for place, name in enumerate(names):
         part = PARTS[name]
-        budget.start(part.share, keep=PARTS["report"].share if name != "report" and "report" in names else 0.0)
-        if budget.is_over():
+        budget.start(part.weight / sum(PARTS[later].weight for later in names[place:]))
+        if budget.left() <= 0:
             outcome = Outcome(name, "out of time", 0.0, ["not started"])
         else:
             print(f"\n== {name}: {part.what}", flush=True)

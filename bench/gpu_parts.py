@@ -61,7 +61,7 @@ BENCHES: dict[str, Sequence[str]] = {
 }
 COLLECTING_SECONDS = 60.0
 SHORTEST_BENCH = 30.0  # seconds: less is not enough to start a process and measure a row
-FILE_SHARE = 0.4  # of all the time, at most, for one file
+FILE_SHARE = 0.4  # of the part's time, at most, for one file
 ROWS_FAILED = 1  # exit status of pytest
 
 
@@ -196,7 +196,7 @@ def bench(options: Options, budget: Budget) -> Result:
     for one in passes(states, kind, files):
         if budget.left() < SHORTEST_BENCH:
             break
-        status = run(one.command(options.rows), min(budget.left(), FILE_SHARE * budget.total), options.variables)
+        status = run(one.command(options.rows), min(budget.left(), FILE_SHARE * budget.granted), options.variables)
         done.append(one)
         if status not in (0, ROWS_FAILED, LATE):
             broken.append(f"{one.file} ended with exit status {status}")
@@ -276,14 +276,14 @@ def report(options: Options, budget: Budget) -> Result:
 @dataclass(frozen=True)
 class Part:
     what: str
-    share: float  # of all the time, at most
+    weight: float  # its share of the time that is left, beside the weights of the parts to come
     run: Callable[[Options, Budget], Result]
 
 
 PARTS = {
-    "build": Part("compile for this GPU and install", 0.34, build),
-    "test": Part("every test that touches a GPU, none of which may skip", 0.38, test),
-    "sanitize": Part(f"the CUDA kernels under {SANITIZER}", 0.14, sanitize),
-    "bench": Part("benchmarks, as many as the time allows", 1.0, bench),
-    "report": Part("publish the results and sum them up", 0.04, report),
+    "build": Part("compile for this GPU and install", 30, build),
+    "test": Part("every test that touches a GPU, none of which may skip", 33, test),
+    "sanitize": Part(f"the CUDA kernels under {SANITIZER}", 12, sanitize),
+    "bench": Part("benchmarks, as many as the time allows", 21, bench),
+    "report": Part("publish the results and sum them up", 2, report),
 }

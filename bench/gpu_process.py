@@ -19,21 +19,18 @@ class Budget:
     """Seconds for everything, and for the part that runs now."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-        self.now, self.total = now, seconds
+        self.now = now
         self.end = now() + seconds
         self.start(1.0)
 
-    def start(self, share: float, keep: float = 0.0) -> None:
-        """Begin a part, which may take this share of everything but must leave `keep` of it."""
+    def start(self, share: float) -> None:
+        """Begin a part, which may take this share of what is left; what it does not take, the others have."""
         self.began = self.now()
-        self.part_end = min(self.began + share * self.total, self.end - keep * self.total)
+        self.granted = share * (self.end - self.began)
 
     def left(self) -> float:
         """Seconds for the part."""
-        return self.part_end - self.now()
-
-    def is_over(self) -> bool:
-        return self.left() <= 0
+        return self.began + self.granted - self.now()
 
     def seconds(self) -> float:
         """Since the part began."""

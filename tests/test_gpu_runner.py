@@ -94,7 +94,7 @@ def fake_parts(monkeypatch: pytest.MonkeyPatch, ran: list[str], **results: str) 
         return run_part
 
     for name, real in list(gpu.PARTS.items()):
-        monkeypatch.setitem(gpu.PARTS, name, gpu_parts.Part(real.what, real.share, part(name)))
+        monkeypatch.setitem(gpu.PARTS, name, gpu_parts.Part(real.what, real.weight, part(name)))
 
 
 # Parts
@@ -182,30 +182,47 @@ def test_an_interruption_leaves_the_table(here: None, monkeypatch: Any, capsys: 
 # Time
 
 
-def test_a_part_takes_its_share_and_leaves_the_report_its_own() -> None:
+def test_a_part_takes_its_share_of_what_is_left() -> None:
     clock = Hand()
     budget = Budget(100.0, clock)
-    budget.start(0.3, keep=0.1)
-    assert budget.left() == 30
-    clock.seconds = 80
-    assert budget.is_over() and budget.seconds() == 80
-    budget.start(1.0, keep=0.1)
-    assert budget.left() == pytest.approx(10)
-    clock.seconds = 95
-    budget.start(0.1)
-    assert budget.left() == pytest.approx(5)
+    budget.start(0.5)
+    assert budget.left() == 50
+    clock.seconds = 20
+    assert (budget.left(), budget.seconds()) == (30, 20)
+    budget.start(0.25)
+    assert budget.left() == 20
+    budget.start(1.0)
+    assert budget.left() == 80
+
+
+def test_the_only_part_has_all_the_time_and_each_of_five_leaves_some_to_the_next(monkeypatch: Any) -> None:
+    clock = Hand()
+    limits: list[float] = []
+
+    def takes_all(options: gpu.Options, budget: Budget) -> gpu_parts.Result:
+        limits.append(budget.left())
+        clock.seconds += budget.left()
+        return "out of time", []
+
+    for name, real in list(gpu.PARTS.items()):
+        monkeypatch.setitem(gpu.PARTS, name, gpu_parts.Part(real.what, real.weight, takes_all))
+    gpu.run_parts(["test"], options(), Budget(540.0, clock), [])
+    assert limits == [540]
+    limits.clear()
+    gpu.run_parts(list(gpu.PARTS), options(), Budget(540.0, clock), [])
+    assert sum(limits) == pytest.approx(540) and min(limits) > 10
 
 
 def test_a_part_without_time_is_not_started(monkeypatch: Any) -> None:
     fake_parts(monkeypatch, ran := [])
     clock, outcomes = Hand(), []
     budget = Budget(100.0, clock)
-    clock.seconds = 98  # within what is kept for the report
+    clock.seconds = 100
     gpu.run_parts(["bench", "report"], options(), budget, outcomes)
-    assert ran == ["report"]
+    assert ran == []
     assert [(one.part, one.result, one.notes) for one in outcomes] == [
         ("bench", "out of time", ["not started"]),
-        ("report", "passed", ["said by report"]),
+        ("report", "out of time", ["not started"]),
     ]
 
 
