@@ -336,6 +336,14 @@ def test_tests_whose_needs_are_missing_are_named(monkeypatch: Any) -> None:
     assert "tests/a.py" in commands[0] and "tests/b.py" not in commands[0] and "--require-gpu" in commands[0]
 
 
+@pytest.mark.parametrize("part, notes", [("test", []), ("sanitize", ["in memcheck"])])
+def test_a_part_that_reaches_its_limit_has_not_passed(part: str, notes: list[str], tmp_path: Path, monkeypatch: Any):
+    (tmp_path / "compute-sanitizer").touch(mode=0o755)
+    monkeypatch.setattr(gpu_parts, "run", lambda command, limit, variables: None)
+    monkeypatch.setattr(gpu_parts, "not_installed", lambda needs: [])
+    assert gpu_parts.PARTS[part].run(options(PATH=str(tmp_path)), Budget(60)) == ("out of time", notes)
+
+
 # Sanitize
 
 
