@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_machine import environment, find_gpu, why_not_here
 from gpu_parts import PARTS, Options
