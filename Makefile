@@ -40,14 +40,10 @@ package: setup
 train-demo: setup
 	$(BIN)/liftbyimage train-demo
 
-# On a machine with an NVIDIA GPU and its own torch: build with the local nvcc, run every test (none may skip for want of
-# a GPU), then every benchmark to JSON.
+# On a machine with an NVIDIA GPU and its own torch: build with the local nvcc, run every test that touches the GPU (none
+# may skip for want of one), compute-sanitizer and the benchmarks, in 9 minutes. GPU_FLAGS="--list" says which parts.
 gpu:
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest tests --require-gpu
-	$(PYTHON) -m pytest bench --benchmark-only --benchmark-json=gpu-results.json
-	$(PYTHON) -m liftbyimage bench-report --summary gpu-results.json
-	$(PYTHON) -m liftbyimage bench-report gpu-results.json --html gpu-results.html
+	$(PYTHON) bench/gpu.py $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info liftbyimage/*.so liftbyimage/_C.instructions

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import machine
 import pytest
 import torch
+from event_clock import EVENT_CLOCK
 from measurement import Measurement
+from row_states import DUE, LEFT_OUT, RowStates
 from verification import Truth
-from workload import CENTRAL, FORWARD, SMOKE, TRAINING, Setting
+from workload import CENTRAL, FORWARD, SMOKE, TRAINING, Implementation, Setting
+
+STATE_REPORTER = "liftbyimage row states"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,6 +23,62 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sweep", action="store_true", help="the full grid of shapes instead of the central ones")
     group.addoption("--scaling", action="store_true", help="forward only, one size varied at a time around the centre")
     group.addoption("--smoke", action="store_true", help="one tiny shape: every row verified, no figure of worth")
+    group.addoption(
+        "--compiled-rows", choices=("all", "none", "only"), default="all", help="rows that torch.compile takes long for"
+    )
+    group.addoption("--row-states", type=Path, metavar="FILE", help="write there what becomes of every row, as it does")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("row_states") is not None:
+        config.pluginmanager.register(StateReporter(RowStates(config.getoption("row_states"))), STATE_REPORTER)
+
+
+class StateReporter:
+    """Follows the rows of a run in a file that is up to date if the run is killed."""
+
+    def __init__(self, states: RowStates) -> None:
+        self.states = states
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            self.states.add(item.nodeid, DUE)
+
+    def leave_out(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            self.states.add(item.nodeid, LEFT_OUT)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+            self.states.add(report.nodeid, report.outcome, reason)
+
+
+def implementation_of(item: pytest.Item) -> Implementation | None:
+    """Of a row that goes through `measure(…)`; the others take their time themselves."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return parameters.get("implementation")
+
+
+def is_compiled(item: pytest.Item) -> bool:
+    implementation = implementation_of(item)
+    return implementation is not None and implementation.compiled
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if machine.DEVICE == "cuda":
+        for item in items:
+            if implementation_of(item) is not None:
+                item.add_marker(pytest.mark.benchmark(timer=EVENT_CLOCK))
+    chosen = config.getoption("compiled_rows")
+    if chosen != "all":
+        unwanted = [item for item in items if is_compiled(item) != (chosen == "only")]
+        items[:] = [item for item in items if is_compiled(item) == (chosen == "only")]
+        config.hook.pytest_deselected(items=unwanted)
+        reporter = config.pluginmanager.get_plugin(STATE_REPORTER)
+        if reporter is not None and chosen == "none":
+            reporter.leave_out(unwanted)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -120,6 +120,12 @@ class Step:
 
     def __call__(self, call: Call) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
         """Outputs, and the gradients of inputs and parameters (none in a forward setting)."""
+        results = self.launch(call)
+        synchronise()
+        return results
+
+    def launch(self, call: Call) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """The same without waiting for the GPU."""
         if self.workload.setting.direction == FORWARD:
             with torch.no_grad():
                 outputs = self.module(*call.inputs)
@@ -134,7 +140,6 @@ class Step:
                 list(call.cotangents.values()),
                 allow_unused=True,
             )
-        synchronise()
         return outputs, gradients
 
     def results(self, call: Call) -> dict[str, Tensor]:
