@@ -4,7 +4,8 @@
     python tests/kernel_resources.py --every                                the Triton sizes that no model runs at, too
     python tests/kernel_resources.py --write docs/kernels/resources.md      as a page, with predicted times
 
-CUDA sources are compiled by nvcc, Triton kernels as `aot_triton` records their launches.
+CUDA sources are compiled by nvcc and launched as `cuda_launches` records; Triton kernels are compiled as `aot_triton`
+records their launches.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import aot_triton
 import cubin
+import cuda_launches
 import torch
 
 from liftbyimage._files import write_atomically
@@ -42,12 +44,12 @@ class Kernel:
 
     source: str
     name: str
-    use: str  # Triton: the launch function and what it was compiled for
+    use: str  # the sizes it was compiled for (Triton, with the launch function) or launched for (CUDA)
     architecture: str
     threads: int  # of a block
     registers: int  # of a thread
     static_shared: int
-    dynamic_shared: int | None  # None: decided at launch
+    dynamic_shared: int | None  # None: decided at launch, and no launch was recorded
     stack: int
     local: int
     local_accesses: int
@@ -152,13 +154,32 @@ def nvcc_cubin(source: Path, architecture: str, *flags: str) -> bytes:
         return target.read_bytes()
 
 
-def cuda_kernels(source: Path, architecture: str) -> list[Kernel]:
-    found = cubin.read(nvcc_cubin(source, architecture))
+def cuda_kernels(source: Path) -> list[Kernel]:
+    found = [usage for name in CUDA_ARCHITECTURES for usage in cubin.read(nvcc_cubin(source, name))]
     names = short_names([usage.symbol for usage in found])
+    path = str(source.relative_to(ROOT))
+    kernels = [kernel_of(usage, path, name, "", None) for usage, name in zip(found, names, strict=True)]
+    if source.name not in cuda_launches.CALLS:
+        return kernels
+    use, _ = cuda_launches.CALLS[source.name]
+    launches = largest_launches(source)
     return [
-        kernel_of(usage, str(source.relative_to(ROOT)), name, "", None)
-        for usage, name in zip(found, names, strict=True)
+        as_launched(kernel, use, launches[kernel.name]) if kernel.name in launches else kernel for kernel in kernels
     ]
+
+
+def largest_launches(source: Path) -> dict[str, cuda_launches.Launch]:
+    """Of each kernel's recorded launches, the one with most shared memory."""
+    launches = cuda_launches.recorded(source)
+    names = short_names([launch.symbol for launch in launches])
+    ascending = sorted(zip(names, launches, strict=True), key=lambda found: found[1].shared)
+    return dict(ascending)
+
+
+def as_launched(kernel: Kernel, use: str, launch: cuda_launches.Launch) -> Kernel:
+    if launch.threads > kernel.threads:
+        raise ValueError(f"{kernel}: compiled for at most {kernel.threads} threads, launched with {launch.threads}")
+    return dataclasses.replace(kernel, use=use, threads=launch.threads, dynamic_shared=launch.shared)
 
 
 def triton_kernels(every: bool, number: int, architecture: int) -> list[Kernel]:
@@ -228,8 +249,7 @@ def all_kernels(every: bool, jobs: int) -> list[Kernel]:
         for architecture in TRITON_ARCHITECTURES
     ]
     if NVCC_MISSING is None:
-        # The longest first.
-        tasks = [(cuda_kernels, source, name) for source in CUDA_SOURCES for name in CUDA_ARCHITECTURES] + tasks
+        tasks = [(cuda_kernels, source) for source in CUDA_SOURCES] + tasks  # the longest first
     with ProcessPoolExecutor(jobs) as pool:
         return sorted(kernel for found in pool.map(compile_task, tasks) for kernel in found)
 

@@ -13,11 +13,11 @@ import triton
 from kernel_resources import CHIPS, Kernel, occupancy, resident_blocks
 
 RESOURCES = (
-    "kernel", "compiled for", "GPU", "threads", "registers", "shared memory", "tensor cores", "blocks", "occupancy",
+    "kernel", "for", "GPU", "threads", "registers", "shared memory", "tensor cores", "blocks", "occupancy",
     "limited by",
 )  # fmt: skip
 TIMES = ("kernel", "direction", "MB", "GFLOP", "10⁶ exponentials", "memory", "products", "exponentials", "at least")
-WORDS = ("kernel", "compiled for", "GPU", "tensor cores", "limited by", "direction")
+WORDS = ("kernel", "for", "GPU", "tensor cores", "limited by", "direction")
 INTRODUCTION = """# Resources of the GPU kernels
 
 <!-- Written by `python tests/kernel_resources.py --write docs/kernels/resources.md`; edit that, not this. -->
@@ -40,7 +40,7 @@ memory and its places for warps (32 threads) allow, and hides the waiting of som
 
 - **threads** of one block; **registers** of one thread. A thread that needs more than it gets *spills* to local memory,
   which is slow: no kernel below does, so there is no column for it.
-- **shared memory** in bytes of one block. CUDA kernels ask for it when they are launched, for the shapes of the call.
+- **shared memory** in bytes of one block. CUDA kernels ask for it when they are launched; here for the sizes named.
 - **tensor cores**: the matrix instructions in the machine code. HGMMA is Hopper's own, issued by four warps together,
   with operands in shared memory; HMMA is that of single warps; none means plain arithmetic, as in all kernels that have
   to be exact in float32.
@@ -59,8 +59,8 @@ memory and its places for warps (32 threads) allow, and hides the waiting of som
     blocks                = the least of these and of the limit on blocks, all rounded down
     occupancy             = blocks · warps of a block / warps of the multiprocessor
 
-sm_80 is A100, sm_90a is H100 and H200. Where shared memory is decided at launch, blocks and occupancy are what the rest
-allows, marked ≤.
+sm_80 is A100, sm_90a is H100 and H200. Where shared memory is decided at launch and nothing is known of it, blocks and
+occupancy are what the rest allows, marked ≤.
 """
 PREDICTIONS = """## Predicted times
 

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import aot_triton
 import cubin
+import cuda_launches
 import kernel_predictions as predicted
 import kernel_resources
 import triton
@@ -78,6 +79,27 @@ def test_cuda_kernels_fit(kernels: list[Kernel]) -> None:
     assert sources == {source for source in EXPECTED if source.startswith("csrc/")}
     assert {kernel.source for kernel in found if kernel.architecture == "sm_90a"} == sources
     assert [text for kernel in found for text in problems(kernel)] == []
+    recorded = {kernel.source for kernel in found if kernel.dynamic_shared is not None}
+    assert recorded == {f"csrc/cuda/{name}" for name in cuda_launches.CALLS}
+
+
+@needs_nvcc
+def test_launches_are_recorded_as_they_are() -> None:
+    launches = cuda_launches.recorded(ROOT / "csrc" / "cuda" / "prune_patches.cu")
+    names = kernel_resources.short_names([launch.symbol for launch in launches])
+    found = {name: (launch.threads, launch.shared) for name, launch in zip(names, launches, strict=True)}
+    keys_histogram_sums = 4 * (3072 + 256 + 512 // 32 + 2)
+    selects = {f"select_kernel<{dtype}>": (512, keys_histogram_sums) for dtype in ("float", "__half", "__nv_bfloat16")}
+    assert {name: size for name, size in found.items() if name != "scatter_kernel"} == selects
+    assert found["scatter_kernel"] == (256, 4 * 64)
+
+
+def test_a_launch_beyond_the_bounds_of_its_kernel_is_refused() -> None:
+    launch = cuda_launches.Launch("some_kernel", 128, 48)
+    launched = kernel_resources.as_launched(FITTING, "some size", launch)
+    assert (launched.threads, launched.dynamic_shared, launched.use) == (128, 48, "some size")
+    with pytest.raises(ValueError, match="compiled for at most 256 threads, launched with 512"):
+        kernel_resources.as_launched(FITTING, "some size", dataclasses.replace(launch, threads=512))
 
 
 @pytest.mark.parametrize(
