@@ -20,11 +20,16 @@ class Machine:
     name: str
     bytes_per_second: float  # of a copy
     flops_per_second: float  # of bf16 matrix products
-    exps_per_second: float
+    multiprocessors: int
+    clock: float  # Hz
+    exps_per_clock: int  # of one multiprocessor
+
+    @property
+    def exps_per_second(self) -> float:
+        return self.multiprocessors * self.clock * self.exps_per_clock
 
 
-# 132 multiprocessors at 1.755 GHz, 16 exponentials per clock in each.
-H200 = Machine("H200", 4.3e12, 790e12, 132 * 1.755e9 * 16)
+H200 = Machine("H200", 4.3e12, 790e12, multiprocessors=132, clock=1.755e9, exps_per_clock=16)
 
 
 @dataclass(frozen=True)

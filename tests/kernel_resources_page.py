@@ -13,11 +13,10 @@ import triton
 from kernel_resources import CHIPS, Kernel, occupancy, resident_blocks
 
 RESOURCES = (
-    "kernel", "for", "GPU", "threads", "registers", "shared memory", "tensor cores", "blocks", "occupancy",
-    "limited by",
+    "kernel", "GPU", "threads", "registers", "shared memory", "tensor cores", "occupancy", "blocks, limited by",
 )  # fmt: skip
-TIMES = ("kernel", "direction", "MB", "GFLOP", "10⁶ exponentials", "memory", "products", "exponentials", "at least")
-WORDS = ("kernel", "for", "GPU", "tensor cores", "limited by", "direction")
+TIMES = ("kernel", "MB", "GFLOP", "10⁶ exp", "memory, µs", "products, µs", "exp, µs", "at least, µs")
+WORDS = ("kernel", "GPU", "tensor cores", "blocks, limited by")
 INTRODUCTION = """# Resources of the GPU kernels
 
 <!-- Written by `python tests/kernel_resources.py --write docs/kernels/resources.md`; edit that, not this. -->
@@ -44,9 +43,9 @@ memory and its places for warps (32 threads) allow, and hides the waiting of som
 - **tensor cores**: the matrix instructions in the machine code. HGMMA is Hopper's own, issued by four warps together,
   with operands in shared memory; HMMA is that of single warps; none means plain arithmetic, as in all kernels that have
   to be exact in float32.
-- **blocks** that one multiprocessor holds, **limited by** what runs out first, and **occupancy**: the share of its
-  places for warps that those blocks fill. Low occupancy is no fault by itself: kernels full of matrix products keep
-  their operands in registers and shared memory instead.
+- **occupancy**: the share of a multiprocessor's places for warps that are filled by the **blocks** that it holds,
+  **limited by** what runs out first. Low occupancy is no fault by itself: kernels full of matrix products keep their
+  operands in registers and shared memory instead.
 
 | one multiprocessor of | registers | shared memory | of it, one block | threads | blocks |
 | --- | ---: | ---: | ---: | ---: | ---: |
@@ -66,11 +65,11 @@ PREDICTIONS = """## Predicted times
 
 **Predicted, not measured.** Batch {batch}, {patches} patches, {rows} rows ({heads} heads × {joints} joints), bfloat16,
 on one {machine}: the bytes, FLOPs and exponentials that the shapes force on a kernel, divided by the rates of the
-machine: {copy} TB/s (a copy), {flops} TFLOP/s (products in bfloat16), {exps} · 10¹² exponentials per second
-(132 multiprocessors, 16 per clock, 1.755 GHz). A kernel takes at least the longest of the three, and reaches that only
-if it hides the other two behind it entirely and reads every tensor from memory once. Kernels are those of
-[pose_guided_attention](pose_guided_attention.md): every one recomputes the attention. Their products are counted
-in the compiled Triton kernels too, and the tests compare.
+machine: {copy} TB/s (a copy), {flops} TFLOP/s (products in bfloat16), {exps} · 10¹² exponentials (exp) per second
+({multiprocessors} multiprocessors, {exps_per_clock} per clock, {clock} GHz). A kernel takes at least the longest
+of the three, and reaches that only if it hides the other two behind it entirely and reads every tensor from memory
+once. Kernels are those of [pose_guided_attention](pose_guided_attention.md): every one recomputes the attention. Their
+products are counted in the compiled Triton kernels too, and the tests compare.
 """
 LAYERS = {
     "pose_guided_attention": "absorbed: tokens of the model's width are key, value and the patches that are updated",
@@ -131,16 +130,14 @@ def resources_row(kernel: Kernel) -> str:
     shared = kernel.static_shared + (kernel.dynamic_shared or 0)
     most = "" if known else "≤ "
     return row(
-        f"`{kernel.name}`",
-        kernel.use or "–",
+        f"`{kernel.name}`<br>{kernel.use}".removesuffix("<br>"),
         kernel.architecture,
         kernel.threads,
         kernel.registers,
         shared if known else "at launch",
         kernel.tensor_cores,
-        f"{most}{blocks}",
-        f"{most}{occupancy(kernel):.0%}".replace("%", " %"),
-        limit,
+        f"{most}{100 * occupancy(kernel):.0f} %",
+        f"{most}{blocks}, {limit}",
     )
 
 
@@ -157,6 +154,9 @@ def prediction_parts() -> list[str]:
             copy=f"{machine.bytes_per_second / 1e12:.1f}",
             flops=f"{machine.flops_per_second / 1e12:.0f}",
             exps=f"{machine.exps_per_second / 1e12:.2f}",
+            multiprocessors=machine.multiprocessors,
+            exps_per_clock=machine.exps_per_clock,
+            clock=f"{machine.clock / 1e9:.3f}",
         )
     ]
     for op, kernels in by(predicted.predictions(), "op"):
@@ -171,16 +171,15 @@ def prediction_row(kernel: predicted.Prediction) -> str:
     seconds = kernel.seconds(predicted.H200)
     least, _ = kernel.bound(predicted.H200)
     return row(
-        kernel.kernel,
-        kernel.direction,
+        f"{kernel.direction}: {kernel.kernel}",
         f"{kernel.bytes / 1e6:.1f}",
         f"{kernel.flops / 1e9:.1f}",
         f"{kernel.exps / 1e6:.1f}",
-        *(f"{1e6 * seconds[stream]:.1f} µs" for stream in ("memory", "products", "exponentials")),
-        f"{1e6 * least:.1f} µs",
+        *(f"{1e6 * seconds[stream]:.1f}" for stream in ("memory", "products", "exponentials")),
+        f"{1e6 * least:.1f}",
     )
 
 
 def total_row(direction: str, kernels: Sequence[predicted.Prediction]) -> str:
     least = sum(kernel.bound(predicted.H200)[0] for kernel in kernels)
-    return row("**together**", direction, *[""] * 6, f"**{1e6 * least:.1f} µs**")
+    return row(f"**{direction}**", *[""] * 6, f"**{1e6 * least:.1f}**")

@@ -217,11 +217,11 @@ def test_short_names() -> None:
 
 
 def rows_of_the_page() -> list[tuple[str, str, str, str]]:
-    """(source, kernel, compiled for, GPU) of every row."""
+    """(source, kernel, for what, GPU) of every row."""
     found = []
     for source, section in re.findall(r"^## (\S+\.(?:cu|py))\n(.*?)(?=^## )", PAGE.read_text("utf-8"), re.M | re.S):
-        for name, use, gpu in re.findall(r"^\| `(.*?)` \| (.*?) \| (sm_\w+) \|", section, re.M):
-            found.append((source, name, use.strip("–"), gpu))
+        for name, use, gpu in re.findall(r"^\| `(.*?)`(?:<br>)?(.*?) \| (sm_\w+) \|", section, re.M):
+            found.append((source, name, use, gpu))
     return found
 
 
