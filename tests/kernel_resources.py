@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
 TRITON_ARCHITECTURES = (80, 90)
+SHORT_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}  # as Triton calls them
 NVCC_MISSING = None if shutil.which("nvcc") else "nvcc is not on PATH"
 
 
@@ -220,13 +221,15 @@ def kernel_of(
 
 
 def short_names(symbols: Sequence[str]) -> list[str]:
-    """`context_kernel<float>`: demangled, without namespaces, return type and parameters."""
+    """`context_kernel<bf16>`: demangled, without namespaces, return type and parameters."""
     done = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True) if symbols else None
     return [short_name(line) for line in done.stdout.splitlines()] if done else []
 
 
 def short_name(demangled: str) -> str:
     name = re.sub(r"\(anonymous namespace\)::|liftbyimage::cuda::", "", demangled.removeprefix("void "))
+    for type_name, short in SHORT_TYPES.items():
+        name = re.sub(rf"\b{type_name}\b", short, name)
     depth = 0
     for position, character in enumerate(name):
         depth += (character == "<") - (character == ">")

@@ -89,7 +89,7 @@ def test_launches_are_recorded_as_they_are() -> None:
     names = kernel_resources.short_names([launch.symbol for launch in launches])
     found = {name: (launch.threads, launch.shared) for name, launch in zip(names, launches, strict=True)}
     keys_histogram_sums = 4 * (3072 + 256 + 512 // 32 + 2)
-    selects = {f"select_kernel<{dtype}>": (512, keys_histogram_sums) for dtype in ("float", "__half", "__nv_bfloat16")}
+    selects = {f"select_kernel<{dtype}>": (512, keys_histogram_sums) for dtype in ("fp32", "fp16", "bf16")}
     assert {name: size for name, size in found.items() if name != "scatter_kernel"} == selects
     assert found["scatter_kernel"] == (256, 4 * 64)
 
@@ -208,7 +208,8 @@ def test_resident_blocks(change: dict, blocks: int, limit: str) -> None:
 
 def test_short_names() -> None:
     names = {
-        "void liftbyimage::cuda::(anonymous namespace)::f<float>(liftbyimage::cuda::Params)": "f<float>",
+        "void liftbyimage::cuda::(anonymous namespace)::f<float>(liftbyimage::cuda::Params)": "f<fp32>",
+        "void liftbyimage::cuda::f<__nv_bfloat16, __half>(__half*)": "f<bf16, fp16>",
         "void f<(liftbyimage::cuda::Kind)1, 48>(int, float*)": "f<(Kind)1, 48>",
         "liftbyimage::cuda::(anonymous namespace)::scatter(liftbyimage::cuda::Params)": "scatter",
         "plain": "plain",
