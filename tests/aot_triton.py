@@ -1,23 +1,16 @@
-"""Compiles every Triton kernel ahead of time, without a GPU, and prints what each one needs, as JSON.
-
-    python tests/aot_triton.py [--arch 80 90] [--jobs 2] [--quick] [--only TEXT]
+"""Every Triton kernel ahead of time, without a GPU: what is launched, and what it compiles to.
 
 The launch functions themselves run on meta tensors while a recorder stands in for the launch, so the kernels,
-argument types and options compiled here are those that a GPU would get. Resources come from `cuobjdump`, shipped
-with Triton.
+argument types and options compiled here are those that a GPU would get.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import importlib.util
-import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +25,9 @@ TYPES = {
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 QUICK = (
-    "bf16 width 256 shared", "bf16 width 48 shared", "fp32 width 48 shared", "bf16 prune 3072",
-    "bf16 context channels-last", "fp32 context channels-last", "bf16 tokens 5 × 16", "bf16 tokens 17 × 80",
-    "fp32 tokens 17 × 80",
+    "bf16 width 256 shared", "bf16 width 48 shared", "bf16 width 184 shared", "fp32 width 48 shared",
+    "bf16 prune 3072", "bf16 context channels-last", "fp32 context channels-last", "bf16 tokens 5 × 16",
+    "bf16 tokens 17 × 80", "fp32 tokens 17 × 80",
 )  # fmt: skip
 
 
@@ -201,79 +194,45 @@ def specialise(
     return signature, constants, attributes
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage, sass = (
-            subprocess.run([tool, flag, file], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    found = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
-    return found | {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "LDL", "STL")}
+@dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction
+    call: str  # the launch function, such as "prune_patches.forward"
+    configuration: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def source(self) -> Path:
+        return Path(self.kernel.fn.__code__.co_filename)
+
+    def identity(self) -> tuple[str, ...]:
+        return (self.kernel.__name__, str(self.signature), str(self.constants), str(self.options))
 
 
-def unique_launches() -> list[dict[str, Any]]:
-    """One entry per distinct (kernel, types, constants, options), named after the first call that needs it."""
-    seen, found = set(), []
-    for name, calls in configurations():
+@functools.cache
+def launches(every: bool) -> tuple[Launch, ...]:
+    """One launch per distinct (kernel, types, constants, options), named after the first call that needs it; those of
+    the sizes that the models run at, or every one."""
+    load_kernels()
+    found: dict[tuple[str, ...], Launch] = {}
+    for configuration, calls in configurations():
+        if not every and configuration not in QUICK:
+            continue
         for call, function in calls.items():
             for kernel, arguments, keywords in record_launches(function):
-                signature, constants, attributes = specialise(kernel, arguments, keywords)
                 options = {key: value for key, value in keywords.items() if key in OPTIONS}
-                identity = (kernel.__name__, str(signature), str(constants), str(options))
-                if identity not in seen:
-                    seen.add(identity)
-                    found.append(
-                        {
-                            "name": f"{call} {kernel.__name__}, {name}",
-                            "kernel": kernel,
-                            "signature": signature,
-                            "constants": constants,
-                            "attributes": attributes,
-                            "options": options,
-                        }  # fmt: skip
-                    )
-    return found
+                launch = Launch(kernel, call, configuration, *specialise(kernel, arguments, keywords), options)
+                found.setdefault(launch.identity(), launch)
+    return tuple(found.values())
 
 
-def compile_one(number: int, arch: int) -> dict[str, Any]:
-    if "aot_kernels" not in sys.modules:
-        load_kernels()
-    torch.set_num_threads(1)
-    launch = unique_launches()[number]
-    source = triton.compiler.ASTSource(
-        fn=launch["kernel"], signature=launch["signature"],
-        constexprs=launch["constants"], attrs=launch["attributes"],
-    )  # fmt: skip
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch["options"])
-    return {
-        "name": launch["name"], "arch": arch, "warps": compiled.metadata.num_warps,
-        "shared": compiled.metadata.shared, "dots": compiled.asm["ttir"].count("tt.dot "),
-    } | resources(compiled.asm["cubin"])  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="compile only entries whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="only the sizes that the models run at")
-    arguments = parser.parse_args()
+def compiled(launch: Launch, arch: int) -> Any:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("aot_triton: unset TRITON_INTERPRET; interpreted kernels cannot be compiled")
-    load_kernels()
-    wanted = QUICK if arguments.quick else ("",)
-    numbers = [
-        number
-        for number, launch in enumerate(unique_launches())
-        if arguments.only in launch["name"] and launch["name"].endswith(wanted)
-    ]
-    tasks = [(number, arch) for number in numbers for arch in arguments.arch]
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        print(json.dumps(list(pool.map(compile_one, *zip(*tasks, strict=True))), indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    source = triton.compiler.ASTSource(
+        fn=launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=launch.attributes
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
