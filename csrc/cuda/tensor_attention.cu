@@ -52,6 +52,9 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr int64_t kGatherOverhead = 3;
 constexpr int64_t kScatterOverhead = 5;
 
+// Blocks that share a multiprocessor, given how many columns wide the tokens are: their sums fit the registers of two.
+constexpr int resident_blocks(int columns) { return columns == 1 ? 2 : 1; }
+
 struct Launch {
   TensorAttention params;
   int32_t shares;           // blocks of `gather` for one sample
@@ -316,7 +319,7 @@ __device__ void store_share(const Launch& launch, int64_t sample, int share, con
 
 // Block share + shares · sample.
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(kThreads, 1) gather_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(kColumns)) gather_kernel(const __grid_constant__ Launch launch) {
   const TensorAttention& params = launch.params;
   const int share = blockIdx.x % launch.shares;
   const int64_t sample = blockIdx.x / launch.shares;
@@ -587,7 +590,7 @@ __device__ void store_attention(const TensorAttention& params, int64_t sample, i
 
 // Block share + shares · sample; tile first + 2 · turn of the share.
 template <typename T, int kColumns, bool kUpdate>
-__global__ void __launch_bounds__(kThreads, 1) scatter_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(kColumns)) scatter_kernel(const __grid_constant__ Launch launch) {
   const TensorAttention& params = launch.params;
   const int share = blockIdx.x % launch.scatter_shares;
   const int64_t sample = blockIdx.x / launch.scatter_shares;
@@ -639,10 +642,11 @@ __global__ void __launch_bounds__(kThreads, 1) scatter_kernel(const __grid_const
 Launch plan(const TensorAttention& params) {
   Launch launch{};
   launch.params = params;
-  launch.shares = choose_shares(params.patches, params.batch, kGatherOverhead);
+  const int32_t resident = resident_blocks(columns_of(params.width));
+  launch.shares = choose_shares(params.patches, params.batch, resident, kGatherOverhead);
   launch.tiles_per_share = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.shares));
   launch.shares = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.tiles_per_share));  // none is empty
-  launch.scatter_shares = choose_shares(params.patches, params.batch, kScatterOverhead);
+  launch.scatter_shares = choose_shares(params.patches, params.batch, resident, kScatterOverhead);
   launch.scatter_tiles = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.scatter_shares));
   launch.result_bytes = static_cast<int32_t>(result_bytes(params));
   if (params.given_lse) return launch;

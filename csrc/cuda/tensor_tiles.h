@@ -115,16 +115,18 @@ inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(po
 inline int columns_of(int32_t width) { return static_cast<int>(ceil_div(width, kColumn)); }
 inline int64_t tiles_of(int32_t patches) { return ceil_div(patches, kTile); }
 
-// Blocks for one sample: fewest tiles one after the other, where a block costs `overhead` tiles beside its own.
-inline int32_t choose_shares(int32_t patches, int32_t batch, int64_t overhead) {
+// Blocks for one sample: fewest tiles one after the other, where a multiprocessor holds `resident` blocks, each of which
+// costs `overhead` tiles beside its own.
+inline int32_t choose_shares(int32_t patches, int32_t batch, int32_t resident, int64_t overhead) {
   constexpr int64_t kMaxShares = 64;
   int device = 0, multiprocessors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t together = static_cast<int64_t>(multiprocessors) * resident;
   int64_t best_cost = INT64_MAX;
   int32_t best = 1;
   for (int64_t shares = 1; shares <= tiles_of(patches) && shares <= kMaxShares; ++shares) {
-    const int64_t waves = ceil_div(shares * batch, multiprocessors);
+    const int64_t waves = ceil_div(shares * batch, together);
     const int64_t cost = waves * (ceil_div(tiles_of(patches), shares) + overhead) + shares / 4;
     if (cost < best_cost) {
       best_cost = cost;

@@ -23,6 +23,7 @@ from liftbyimage.ops._dispatch import (
     autocast,
     count_flops,
     native_op,
+    needs_graph,
     never,
     select,
     triton_op,
@@ -97,12 +98,10 @@ def _no_flops(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
 
 count_flops((_native_forward, _triton_forward, _native_backward, _triton_backward), _no_flops)
 
-# CUDA stands behind Triton until a run on a GPU shows it ahead: it is so far verified by emulation and compilation
-# only.
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
-    Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
     Backend("cuda", why_not_cuda, _native_forward, _native_backward, batch_independent=True),
+    Backend("triton", why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -134,7 +133,7 @@ def prune_patches(patches: Tensor, importance: Tensor, keep: int, *, backend: st
         patches: [B, P, D], float32, float16, bfloat16 or float64.
         importance: [B, P], any of those dtypes, on the same device.
         keep: how many to keep, 1 ≤ keep ≤ P; `keep_count(P, retention)` gives the paper's number.
-        backend: "cpu", "triton", "cuda" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
+        backend: "cpu", "cuda", "triton" or "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         PrunedPatches: `patches` [B, keep, D] in the dtype of `patches`, differentiable with respect to `patches` (rows
@@ -151,4 +150,6 @@ def prune_patches(patches: Tensor, importance: Tensor, keep: int, *, backend: st
     chosen = select(OP, BACKENDS, backend, patches, importance)
     if chosen.forward is None:
         return reference(patches, importance, keep)
+    if not needs_graph((patches,)):
+        return PrunedPatches(*chosen.forward(patches, importance, keep))
     return PrunedPatches(*_PrunePatches.apply(patches, importance, keep, chosen.name))
