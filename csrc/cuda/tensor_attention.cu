@@ -52,7 +52,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr int64_t kGatherOverhead = 3;
 constexpr int64_t kScatterOverhead = 5;
 
-// Blocks that share a multiprocessor, given how many columns wide the tokens are: their sums fit the registers of two.
+// Blocks that share a multiprocessor, given how many columns wide the tokens are: their sums fit the registers of two
+// (not those of an update).
 constexpr int resident_blocks(int columns) { return columns == 1 ? 2 : 1; }
 
 struct Launch {
@@ -590,7 +591,7 @@ __device__ void store_attention(const TensorAttention& params, int64_t sample, i
 
 // Block share + shares · sample; tile first + 2 · turn of the share.
 template <typename T, int kColumns, bool kUpdate>
-__global__ void __launch_bounds__(kThreads, resident_blocks(kColumns)) scatter_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, kUpdate ? 1 : resident_blocks(kColumns)) scatter_kernel(const __grid_constant__ Launch launch) {
   const TensorAttention& params = launch.params;
   const int share = blockIdx.x % launch.scatter_shares;
   const int64_t sample = blockIdx.x / launch.scatter_shares;
@@ -646,7 +647,8 @@ Launch plan(const TensorAttention& params) {
   launch.shares = choose_shares(params.patches, params.batch, resident, kGatherOverhead);
   launch.tiles_per_share = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.shares));
   launch.shares = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.tiles_per_share));  // none is empty
-  launch.scatter_shares = choose_shares(params.patches, params.batch, resident, kScatterOverhead);
+  launch.scatter_shares = choose_shares(params.patches, params.batch, params.pose_value == nullptr ? resident : 1,
+                                        kScatterOverhead);
   launch.scatter_tiles = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.scatter_shares));
   launch.result_bytes = static_cast<int32_t>(result_bytes(params));
   if (params.given_lse) return launch;
