@@ -227,8 +227,14 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+# Asked once: torch 2.10 and 2.11 cannot trace the question in a compiled function.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla") if torch.amp.is_autocast_available(name)
+)
+
+
 def autocast_is_on(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Input) -> tuple[Input, ...]:

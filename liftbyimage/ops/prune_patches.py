@@ -107,12 +107,18 @@ BACKENDS = (
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
+def _run(patches: Tensor, importance: Tensor, keep: int, backend: str) -> tuple[Tensor, Tensor]:
+    """kept patches, index"""
+    forward = _BY_NAME[backend].forward
+    assert forward is not None
+    outputs: tuple[Tensor, Tensor] = forward(patches, importance, keep)
+    return outputs
+
+
 class _PrunePatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, patches: Tensor, importance: Tensor, keep: int, backend: str) -> tuple[Tensor, Tensor]:
-        forward = _BY_NAME[backend].forward
-        assert forward is not None
-        kept, index = forward(patches, importance, keep)
+        kept, index = _run(patches, importance, keep, backend)
         ctx.save_for_backward(index)
         ctx.mark_non_differentiable(index)
         ctx.num_patches, ctx.backend = patches.shape[1], backend
@@ -150,6 +156,5 @@ def prune_patches(patches: Tensor, importance: Tensor, keep: int, *, backend: st
     chosen = select(OP, BACKENDS, backend, patches, importance)
     if chosen.forward is None:
         return reference(patches, importance, keep)
-    if not needs_graph((patches,)):
-        return PrunedPatches(*chosen.forward(patches, importance, keep))
-    return PrunedPatches(*_PrunePatches.apply(patches, importance, keep, chosen.name))
+    run = _PrunePatches.apply if needs_graph((patches,)) else _run
+    return PrunedPatches(*run(patches, importance, keep, chosen.name))
