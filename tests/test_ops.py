@@ -175,7 +175,9 @@ def test_frozen_inputs_get_no_gradient(op, backend, frozen):
 
 @pytest.mark.parametrize("op, backend", OP_BACKENDS)
 def test_bitwise_repeatable(op, backend):
-    inputs = make_inputs(op, CASES[op][0], torch.float32, device_of(backend))
+    # On a GPU PyTorch's own gradients of places in a map are summed in no fixed order.
+    device = "cpu" if backend == "reference" else device_of(backend)
+    inputs = make_inputs(op, CASES[op][0], torch.float32, device)
     require(op, backend, inputs)
     first, first_grads = run(op, differentiable(inputs, torch.float32), backend)
     for _ in range(2):

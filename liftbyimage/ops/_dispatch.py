@@ -229,7 +229,9 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
 
 # Asked once: torch 2.10 and 2.11 cannot trace the question in a compiled function.
 _AUTOCAST_DEVICES = frozenset(
-    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla") if torch.amp.is_autocast_available(name)
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")
+    if torch.amp.is_autocast_available(name)
 )
 
 

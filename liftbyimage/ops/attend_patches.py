@@ -28,6 +28,7 @@ from liftbyimage.ops._dispatch import (
     native_op,
     needs_graph,
     never,
+    no_autocast,
     python_op,
     select,
     triton_op,
@@ -312,7 +313,10 @@ def attend_patches(
     scale = check_scale(OP, scale, query.shape[-1])
     chosen = select(OP, BACKENDS, backend, query, key, value)
     if chosen.forward is None:
-        return reference(query, key, value, scale=scale, need_attention=need_attention, need_importance=need_importance)
+        with no_autocast(query):
+            return reference(
+                query, key, value, scale=scale, need_attention=need_attention, need_importance=need_importance
+            )
     run = _AttendPatches.apply if needs_graph((query, key, value)) else _run
     context, importance, attention, *_ = run(
         query, key, None if shared else value, scale, bool(need_attention), bool(need_importance), chosen.name

@@ -34,6 +34,7 @@ from liftbyimage.ops._dispatch import (
     native_op,
     needs_graph,
     never,
+    no_autocast,
     python_op,
     select,
     triton_op,
@@ -220,7 +221,8 @@ def guide_patches(
     scale = check_scale(OP, scale, query.shape[-1])
     chosen = select(OP, BACKENDS, backend, query, channels)
     if chosen.forward is None:
-        return reference(query, channels, scale=scale)
+        with no_autocast(query):
+            return reference(query, channels, scale=scale)
     run = _GuidePatches.apply if needs_graph((query, channels)) else _run
     context, guided, *_ = run(query, channels, scale, chosen.name)
     return GuidedPatches(context, guided)

@@ -36,6 +36,7 @@ from liftbyimage.ops._dispatch import (
     native_op,
     needs_graph,
     never,
+    no_autocast,
     python_op,
     select,
     triton_op,
@@ -333,7 +334,8 @@ def pose_guided_attention(
     scale = check_scale(OP, scale, query.shape[-1])
     chosen = select(OP, BACKENDS, backend, query, key, value, pose_value, patches)
     if chosen.forward is None:
-        return reference(query, key, value, pose_value, patches, scale=scale)
+        with no_autocast(query):
+            return reference(query, key, value, pose_value, patches, scale=scale)
     separate_value = None if value_is_key else value
     separate_patches = None if patches_is_key else patches
     run = _PoseGuidedAttention.apply if needs_graph((query, key, value, pose_value, patches)) else _run
