@@ -72,10 +72,10 @@ __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
-// Names an operand of a product that starts at `address`: groups of eight rows are 1024 bytes apart, swizzled over 128.
-__device__ inline uint64_t operand(uint32_t address) {
+// Names an operand of a product that starts at `pointer`: groups of eight rows are 1024 bytes apart, swizzled over 128.
+__device__ inline uint64_t operand(const void* pointer) {
   constexpr uint64_t kUnused = 1, kSwizzle128 = 1;
-  return (address & 0x3ffff) >> 4 | kUnused << 16 | static_cast<uint64_t>(kSwizzleBytes >> 4) << 32 | kSwizzle128 << 62;
+  return (shared_address(pointer) & 0x3ffff) >> 4 | kUnused << 16 | static_cast<uint64_t>(kSwizzleBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
 // Stores kMatrices 8 × 8 matrices of two-byte elements transposed. Registers hold them as a product leaves them, one
@@ -101,6 +101,9 @@ __device__ inline float fast_exp2(float x) {
 }
 
 #endif
+
+// What to add to an operand's name for one that starts so many bytes on.
+__host__ __device__ constexpr uint64_t advance(int bytes) { return static_cast<uint64_t>(bytes) >> 4; }
 
 // Two elements in a register, the first in the lower half.
 template <typename T>

@@ -36,6 +36,7 @@
 
 #ifndef LIFTBYIMAGE_WITHOUT_SM90A
 
+#include <cfloat>
 #include <cmath>
 
 #include "tensor_tiles.h"
@@ -46,6 +47,7 @@ namespace {
 constexpr int kStages = 4;  // tiles of tokens in flight in `gather`
 constexpr int kSlots = 3;   // columns of tokens in flight in a warpgroup of `scatter`
 constexpr float kHeadroom = 8.0f;
+constexpr float kNoShift = -FLT_MAX;  // of a row whose logits were all −∞: any other exceeds it, and −∞ weighs nothing
 constexpr float kLn2 = 0.6931471805599453f;
 
 // What a block costs beside its tiles, in tiles.
@@ -79,37 +81,35 @@ __device__ const T* tokens_of(const TensorAttention& params, int64_t sample, int
 // s [64 patches, 72 rows] = T Qᵀ; left under way.
 template <typename T, int kColumns>
 __device__ void multiply_scores(float (&s)[4 * kBlocks], const char* tile, const char* query) {
+  const uint64_t tile_operand = operand(tile), query_operand = operand(query);
   wgmma_fence();
 #pragma unroll
   for (int column = 0; column < kColumns; ++column)
 #pragma unroll
     for (int k = 0; k < kColumn / kStep; ++k)
-      wgmma_shared<T, false>(s, operand(shared_address(tile + column * kTileBytes) + 2 * kStep * k),
-                             operand(shared_address(query + column * kHalfBytes) + 2 * kStep * k),
-                             column > 0 || k > 0);
+      wgmma_shared<T, false>(s, tile_operand + advance(column * kTileBytes + 2 * kStep * k),
+                             query_operand + advance(column * kHalfBytes + 2 * kStep * k), column > 0 || k > 0);
   wgmma_commit();
 }
 
 // Shared memory of `gather`, from an address that is a multiple of 1024.
 template <int kColumns>
 struct GatherShared {
+  int group = uniform_warpgroup();
   char* start = aligned_shared_memory();
-  char* query = start + warpgroup() * kColumns * kHalfBytes;               // own rows [columns][72][64]
-  char* weights = start + 2 * kColumns * kHalfBytes + warpgroup() * kHalfBytes;  // own [72 rows][64 patches]
+  char* query = start + group * kColumns * kHalfBytes;                           // own rows [columns][72][64]
+  char* weights = start + 2 * kColumns * kHalfBytes + group * kHalfBytes;        // own [72 rows][64 patches]
   char* stages = start + 2 * (kColumns + 1) * kHalfBytes;                  // [stages][columns][64 patches][64]
   float* statistics = reinterpret_cast<float*>(stages + kStages * kColumns * kTileBytes);
-  float* shift = statistics + warpgroup() * kHalf;                         // own rows
-  float* of_warps = statistics + 2 * kHalf + warpgroup() * kWarps * kHalf;  // own [warps][72]
-  int* raise = reinterpret_cast<int*>(statistics + (2 + 2 * kWarps) * kHalf) + warpgroup() * kWarps;
+  float* shift = statistics + group * kHalf;                              // own rows
+  float* of_warps = statistics + 2 * kHalf + group * kWarps * kHalf;      // own [warps][72]
+  int* raise = reinterpret_cast<int*>(statistics + (2 + 2 * kWarps) * kHalf) + group * kWarps;
 
   static constexpr size_t kBytes = kSwizzleBytes + 2 * (kColumns + 1) * kHalfBytes + kStages * kColumns * kTileBytes +
                                    sizeof(float) * (2 + 2 * kWarps) * kHalf + sizeof(int) * 2 * kWarps;
 
   __device__ char* stage(int tile) const { return stages + tile % kStages * kColumns * kTileBytes; }
 };
-
-// What to subtract: nothing while every logit of the row was −∞.
-__device__ float finite_shift(float shift) { return shift == -INFINITY ? 0.0f : shift; }
 
 // The values of one entry per thread row, joined over the eight lanes that hold the same columns.
 template <typename Join>
@@ -118,7 +118,8 @@ __device__ float join_rows(float value, Join join) {
   return value;
 }
 
-// Raises the shift of every row to its largest logit so far, and the sums with it.
+// Raises the shift of every row to its largest logit so far, and the sums with it. s holds scores; rounded upwards, no
+// logit exceeds the shift that is made of it, however large.
 template <int kColumns>
 __device__ void raise_shift(const GatherShared<kColumns>& shared, const float (&s)[4 * kBlocks], float scale,
                             int valid_patches, float (&total)[2 * kBlocks], float (&context)[kColumns][4 * kBlocks]) {
@@ -126,8 +127,8 @@ __device__ void raise_shift(const GatherShared<kColumns>& shared, const float (&
   const bool second_valid = result_row() + 8 < valid_patches;
   for (int block = 0; block < kBlocks; ++block)
     for (int side = 0; side < 2; ++side) {
-      const float first = first_valid ? s[4 * block + side] * scale : -INFINITY;
-      const float second = second_valid ? s[4 * block + 2 + side] * scale : -INFINITY;
+      const float first = first_valid ? __fmul_ru(s[4 * block + side], scale) : kNoShift;
+      const float second = second_valid ? __fmul_ru(s[4 * block + 2 + side], scale) : kNoShift;
       const float largest = join_rows(fmaxf(first, second), [](float a, float b) { return fmaxf(a, b); });
       if (lane() < 4) shared.of_warps[warp() * kHalf + result_column(block) + side] = largest;
     }
@@ -141,7 +142,7 @@ __device__ void raise_shift(const GatherShared<kColumns>& shared, const float (&
   wait_for_warpgroup();
   if (row < kHalf) {
     shared.shift[row] = after;
-    shared.of_warps[row] = before == -INFINITY ? 0.0f : fast_exp2(before - after);
+    shared.of_warps[row] = fast_exp2(before - after);
   }
   wait_for_warpgroup();
 #pragma unroll
@@ -158,38 +159,44 @@ __device__ void raise_shift(const GatherShared<kColumns>& shared, const float (&
     }
 }
 
-// Whether a logit of this thread exceeds its row's shift by more than the headroom (any does while there is no shift).
+// s becomes scale · s − shift, −∞ beyond the valid patches; returns the largest.
 template <int kColumns>
-__device__ bool exceeds_shift(const GatherShared<kColumns>& shared, const float (&s)[4 * kBlocks], float scale,
+__device__ float shift_scores(const GatherShared<kColumns>& shared, float (&s)[4 * kBlocks], float scale,
                               int valid_patches) {
-  float first = -INFINITY, second = -INFINITY;
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const float shift = shared.shift[result_column(block) + side];
-      first = fmaxf(first, fmaf(s[4 * block + side], scale, -shift));
-      second = fmaxf(second, fmaf(s[4 * block + 2 + side], scale, -shift));
-    }
-  return (result_row() < valid_patches && first > kHeadroom) ||
-         (result_row() + 8 < valid_patches && second > kHeadroom);
-}
-
-// s becomes the weights 2^(scale · s − shift) of one tile, which are summed per row.
-template <int kColumns>
-__device__ void weigh(const GatherShared<kColumns>& shared, float (&s)[4 * kBlocks], float scale,
-                              int valid_patches, float (&total)[2 * kBlocks]) {
   const bool first_valid = result_row() < valid_patches;
   const bool second_valid = result_row() + 8 < valid_patches;
+  float largest = -INFINITY;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& score = s[4 * block + i];
+      score = fmaf(score, scale, -shared.shift[result_column(block) + i % 2]);
+      if (i < 2 ? !first_valid : !second_valid) score = -INFINITY;
+      largest = fmaxf(largest, score);
+    }
+  return largest;
+}
+
+// Whether one thread of the warpgroup says so.
+template <int kColumns>
+__device__ bool warpgroup_has(const GatherShared<kColumns>& shared, bool mine) {
+  const bool any = __any_sync(kFullWarp, mine);
+  if (lane() == 0) shared.raise[warp()] = any;
+  wait_for_warpgroup();
+  return shared.raise[0] | shared.raise[1] | shared.raise[2] | shared.raise[3];
+}
+
+// Shifted scores become weights, which are summed per row.
+__device__ void weigh(float (&s)[4 * kBlocks], float (&total)[2 * kBlocks]) {
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const float shift = finite_shift(shared.shift[result_column(block) + side]);
       float& first = s[4 * block + side];
       float& second = s[4 * block + 2 + side];
-      first = first_valid ? fast_exp2(fmaf(first, scale, -shift)) : 0.0f;
-      second = second_valid ? fast_exp2(fmaf(second, scale, -shift)) : 0.0f;
+      first = fast_exp2(first);
+      second = fast_exp2(second);
       total[2 * block + side] += first + second;
     }
 }
@@ -215,15 +222,14 @@ __device__ void store_weights(const GatherShared<kColumns>& shared, const float 
 // context [W, 72 rows] += Tᵀ weights; left under way.
 template <typename T, int kColumns>
 __device__ void accumulate_context(float (&context)[kColumns][4 * kBlocks], const char* tile, const char* weights) {
+  const uint64_t tile_operand = operand(tile), weights_operand = operand(weights);
   wgmma_fence();
 #pragma unroll
   for (int column = 0; column < kColumns; ++column)
 #pragma unroll
     for (int k = 0; k < kTile / kStep; ++k)
-      wgmma_shared<T, true>(
-          context[column],
-          operand(shared_address(tile + column * kTileBytes) + k * kStep * kRowBytes),
-          operand(shared_address(weights) + 2 * kStep * k), true);
+      wgmma_shared<T, true>(context[column], tile_operand + advance(column * kTileBytes + k * kStep * kRowBytes),
+                            weights_operand + advance(2 * kStep * k), true);
   wgmma_commit();
 }
 
@@ -329,19 +335,20 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kColumns)) gather_ke
   const int end = min(first + launch.tiles_per_share, tiles);
   const float scale = params.scale * kLog2E;
   const GatherShared<kColumns> shared;
-  const int own_rows = params.rows - warpgroup() * kHalf;
-  const T* query = static_cast<const T*>(params.query) + (sample * params.rows + warpgroup() * kHalf) * params.width;
-  copy_tile<T, kColumns>(shared.query, kHalf, own_rows > 0 ? query : static_cast<const T*>(params.query), params.width,
-                         own_rows, params.width, member(), kWarpgroup);
+  const int own_rows = params.rows - shared.group * kHalf;
+  const int64_t rows_before = (sample * params.rows + (own_rows > 0 ? shared.group * kHalf : 0)) * params.width;
+  TileCopier<T, kColumns, kHalf, kWarpgroup>(member(), params.width, params.width)
+      .copy(shared.query, static_cast<const T*>(params.query) + rows_before, own_rows);
+  const T* tokens = tokens_of<T>(params, sample, 0);
   const auto copy_tokens = [&](int tile) {
+    const int patch = tile * kTile;
     if (tile < end)
-      copy_tile<T, kColumns>(shared.stage(tile), kTile, tokens_of<T>(params, sample, static_cast<int64_t>(tile) * kTile),
-                             params.tokens_patch_stride, params.patches - tile * kTile, params.width, threadIdx.x,
-                             kThreads);
+      TileCopier<T, kColumns, kTile, kThreads>(threadIdx.x, params.tokens_patch_stride, params.width)
+          .copy(shared.stage(tile), tokens + patch * params.tokens_patch_stride, params.patches - patch);
     commit_copies();
   };
   for (int tile = first; tile < first + kStages - 1; ++tile) copy_tokens(tile);
-  for (int row = member(); row < kHalf; row += kWarpgroup) shared.shift[row] = -INFINITY;
+  for (int row = member(); row < kHalf; row += kWarpgroup) shared.shift[row] = kNoShift;
   wait_for_copies<kStages - 2>();
   publish_to_tensor_cores();
   __syncthreads();
@@ -354,14 +361,13 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kColumns)) gather_ke
   for (int tile = first; tile < end; ++tile) {
     // The scores of `tile` are there; the context of the tile before is under way, beside the exponentials.
     const int valid_patches = params.patches - tile * kTile;
-    const bool any = __any_sync(kFullWarp, exceeds_shift(shared, s, scale, valid_patches));
-    if (lane() == 0) shared.raise[warp()] = any;
-    wait_for_warpgroup();
-    if (shared.raise[0] | shared.raise[1] | shared.raise[2] | shared.raise[3]) {
+    while (warpgroup_has(shared, shift_scores(shared, s, scale, valid_patches) > kHeadroom)) {  // rarely
+      multiply_scores<T, kColumns>(s, shared.stage(tile), shared.query);
       wgmma_wait();
       raise_shift(shared, s, scale, valid_patches, total, context);
+      wait_for_warpgroup();
     }
-    weigh(shared, s, scale, valid_patches, total);
+    weigh(s, total);
     wgmma_wait();
     store_weights<T, kColumns>(shared, s);
     wait_for_copies<kStages - 3>();
@@ -378,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kColumns)) gather_ke
   if (launch.shares > 1) return store_share(launch, sample, share, shared, context);
   const int row = member();
   if (row < kHalf)
-    store_statistics(launch, sample, warpgroup() * kHalf + row, finite_shift(shared.shift[row]), shared.of_warps[row]);
+    store_statistics(launch, sample, warpgroup() * kHalf + row, shared.shift[row], shared.of_warps[row]);
   store_context<T, kColumns>(launch, sample, shared, context);
 }
 
@@ -391,21 +397,19 @@ __global__ void __launch_bounds__(kWarpgroup, 1) combine_kernel(const __grid_con
   const int half = blockIdx.x / kBlocks / kColumns % 2;
   const int64_t sample = blockIdx.x / kBlocks / kColumns / 2;
   const int row = half * kHalf + result_column(block);  // and the one after
-  float shift[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  float shift[2] = {kNoShift, kNoShift}, total[2] = {};
   float sum[4] = {};
   for (int share = 0; share < launch.shares; ++share)
     for (int side = 0; side < 2; ++side)
       shift[side] = fmaxf(shift[side], launch.share_shift[(static_cast<int64_t>(share) * params.batch + sample) *
                                                               kTensorRows + row + side]);
-  for (int side = 0; side < 2; ++side) shift[side] = finite_shift(shift[side]);
   for (int share = 0; share < launch.shares; ++share) {
     const int64_t part = static_cast<int64_t>(share) * params.batch + sample;
     const float4 values = reinterpret_cast<const float4*>(
         launch.share_context)[(((part * 2 + half) * kColumns + column) * kBlocks + block) * kWarpgroup + member()];
     float weight[2];
     for (int side = 0; side < 2; ++side) {
-      const float of_share = launch.share_shift[part * kTensorRows + row + side];
-      weight[side] = of_share == -INFINITY ? 1.0f : fast_exp2(of_share - shift[side]);  // 1: zeros, or NaN
+      weight[side] = fast_exp2(launch.share_shift[part * kTensorRows + row + side] - shift[side]);
       total[side] += weight[side] * launch.share_total[part * kTensorRows + row + side];
     }
     sum[0] += weight[0] * values.x;
@@ -427,6 +431,7 @@ __global__ void __launch_bounds__(kWarpgroup, 1) combine_kernel(const __grid_con
 // Shared memory of `scatter`, from an address that is a multiple of 1024.
 template <int kColumns, bool kUpdate>
 struct ScatterShared {
+  int group = uniform_warpgroup();
   char* query = aligned_shared_memory();                             // [columns][144][64]
   char* pose_value = query + kColumns * kRowsBytes;                  // the same
   char* slots = pose_value + (kUpdate ? kColumns * kRowsBytes : 0);  // [2][slots][64][64]
@@ -485,21 +490,12 @@ __device__ void store_importance(const TensorAttention& params, int64_t sample, 
   if (lane() % 4 == 0 && patch + row + 8 < params.patches) importance[row + 8] = sums.y / params.rows;
 }
 
-// The tokens of a tile as the update is laid out: two elements to a register, [block][row r, row r + 8] of each column.
-template <typename T, int kColumns>
-__device__ void load_tokens(uint32_t (&tokens)[kColumns][16], const TensorAttention& params, int64_t sample, int patch) {
+// The tokens of one column of a tile as the update is laid out: two elements to a register, [block][row r, row r + 8].
+__device__ void load_column(uint32_t (&tokens)[16], const char* column) {
 #pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    const int row = min(patch + result_row() + 8 * lower, params.patches - 1);
-    const T* from = tokens_of<T>(params, sample, row);
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column)
-#pragma unroll
-      for (int block = 0; block < kColumn / 8; ++block) {
-        const int at = column * kColumn + result_column(block);
-        tokens[column][2 * block + lower] = at < params.width ? *reinterpret_cast<const uint32_t*>(from + at) : 0;
-      }
-  }
+  for (int pair = 0; pair < 16; ++pair)
+    tokens[pair] = *reinterpret_cast<const uint32_t*>(column + swizzled(result_row() + pair % 2 * 8, pair / 2) +
+                                                      4 * (lane() % 4));
 }
 
 // tokens + A U of one tile, to device memory.
@@ -523,15 +519,19 @@ __device__ void store_update(const TensorAttention& params, int64_t sample, int 
 #pragma unroll
     for (int pair = 0; pair < 16; ++pair)
       unpack<T>(tokens[column][pair], updated[column][2 * pair], updated[column][2 * pair + 1]);
+  const uint64_t pose_operand = operand(pose_value);
   wgmma_fence();
 #pragma unroll
   for (int column = 0; column < kColumns; ++column)
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
       wgmma_registers<T>(updated[column], attention[step],
-                         operand(shared_address(pose_value + column * kRowsBytes) + step * kStep * kRowBytes), true);
+                         pose_operand + advance(column * kRowsBytes + step * kStep * kRowBytes), true);
   wgmma_commit();
   wgmma_wait();
+  // Whole units to device memory: a place in a row of 128 bytes for each thread, and every sixteenth row.
+  constexpr int kRowsOfPass = kWarpgroup / kUnit;
+  const int first_row = member() / kUnit, unit = member() % kUnit, place = swizzled(first_row, unit);
   T* out = static_cast<T*>(params.patches_out) + (sample * params.patches + patch) * params.width;
 #pragma unroll
   for (int column = 0; column < kColumns; ++column) {
@@ -545,11 +545,13 @@ __device__ void store_update(const TensorAttention& params, int64_t sample, int 
             pack<T>(pair[0], pair[1]);
       }
     wait_for_warpgroup();  // also: the column before the last has been read
-    for (int i = member(); i < kTile * kUnit; i += kWarpgroup) {
-      const int row = i / kUnit, unit = i % kUnit, at = column * kColumn + unit * kUnit;
+    const int at = column * kColumn + unit * kUnit;
+#pragma unroll
+    for (int pass = 0; pass < kTile / kRowsOfPass; ++pass) {
+      const int row = first_row + pass * kRowsOfPass;
       if (patch + row < params.patches && at < params.width)
-        *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * params.width + at) =
-            *reinterpret_cast<const uint4*>(result + swizzled(row, unit));
+        *reinterpret_cast<uint4*>(out + row * params.width + at) =
+            *reinterpret_cast<const uint4*>(result + place + pass * kRowsOfPass * kRowBytes);
     }
   }
 }
@@ -596,24 +598,23 @@ __global__ void __launch_bounds__(kThreads, kUpdate ? 1 : resident_blocks(kColum
   const int share = blockIdx.x % launch.scatter_shares;
   const int64_t sample = blockIdx.x / launch.scatter_shares;
   const int tiles = (params.patches + kTile - 1) / kTile;
-  const int first = share * launch.scatter_tiles + warpgroup();
+  const ScatterShared<kColumns, kUpdate> shared;
+  const int first = share * launch.scatter_tiles + shared.group;
   const int end = min((share + 1) * launch.scatter_tiles, tiles);
   const int turns = max(0, (end - first + 1) / 2);
   const float scale = params.scale * kLog2E;
-  const ScatterShared<kColumns, kUpdate> shared;
   const int64_t rows_before = sample * params.rows * params.width;
-  copy_tile<T, kColumns>(shared.query, kTensorRows, static_cast<const T*>(params.query) + rows_before, params.width,
-                         params.rows, params.width, threadIdx.x, kThreads);
+  const TileCopier<T, kColumns, kTensorRows, kThreads> row_copier(threadIdx.x, params.width, params.width);
+  row_copier.copy(shared.query, static_cast<const T*>(params.query) + rows_before, params.rows);
   if constexpr (kUpdate)
-    copy_tile<T, kColumns>(shared.pose_value, kTensorRows, static_cast<const T*>(params.pose_value) + rows_before,
-                           params.width, params.rows, params.width, threadIdx.x, kThreads);
+    row_copier.copy(shared.pose_value, static_cast<const T*>(params.pose_value) + rows_before, params.rows);
   commit_copies();
   const auto copy_column = [&](int n, char* slot) {
     const int patch = (first + n / kColumns * 2) * kTile, at = n % kColumns * kColumn;
-    copy_tile<T, 1>(slot, kTile, tokens_of<T>(params, sample, patch) + at, params.tokens_patch_stride,
-                    params.patches - patch, params.width - at, member(), kWarpgroup);
+    TileCopier<T, 1, kTile, kWarpgroup>(member(), params.tokens_patch_stride, params.width - at)
+        .copy(slot, tokens_of<T>(params, sample, patch) + at, params.patches - patch);
   };
-  ColumnStream<kSlots, decltype(copy_column)> columns(shared.slots + warpgroup() * kSlots * kTileBytes,
+  ColumnStream<kSlots, decltype(copy_column)> columns(shared.slots + shared.group * kSlots * kTileBytes,
                                                       turns * kColumns, copy_column);
   for (int row = threadIdx.x; row < kTensorRows; row += kThreads)
     load_statistics(launch, sample, row, shared.shift[row], shared.log_total[row]);
@@ -621,15 +622,18 @@ __global__ void __launch_bounds__(kThreads, kUpdate ? 1 : resident_blocks(kColum
   publish_to_tensor_cores();
   __syncthreads();
 
-  char* results = shared.results + warpgroup() * launch.result_bytes;
+  char* results = shared.results + shared.group * launch.result_bytes;
   for (int turn = 0; turn < turns; ++turn) {
     const int patch = (first + 2 * turn) * kTile;
     Scores s = {};
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column)
-      multiply_column<T>(s, columns.next(), shared.query + column * kRowsBytes, column > 0);
     uint32_t tokens[kColumns][16];
-    if constexpr (kUpdate) load_tokens<T, kColumns>(tokens, params, sample, patch);
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      const char* tile_column = columns.next();
+      multiply_column<T>(s, tile_column, shared.query + column * kRowsBytes, column > 0);
+      if constexpr (kUpdate) load_column(tokens[column], tile_column);
+      wgmma_wait();
+    }
     const float2 sums = weigh(s, shared.shift, shared.log_total, scale, params.rows);
     if (params.importance != nullptr) store_importance(params, sample, patch, sums);
     if constexpr (kUpdate)

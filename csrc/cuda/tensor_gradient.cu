@@ -46,7 +46,8 @@ __device__ const T* patch_of(const PatchRows& tensor, int64_t sample, int64_t pa
 // Shared memory, from an address that is a multiple of 1024.
 template <int kColumns>
 struct Shared {
-  char* rows = aligned_shared_memory();         // [2][columns][144][64]
+  int group = uniform_warpgroup();
+  char* rows = aligned_shared_memory();            // [2][columns][144][64]
   char* slots = rows + 2 * kColumns * kRowsBytes;  // [2][slots][64][64]
   float* delta = reinterpret_cast<float*>(slots + 2 * kSlots * kTileBytes);
 
@@ -83,24 +84,24 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const __grid_cons
   const int share = blockIdx.x % plan.shares;
   const int64_t sample = blockIdx.x / plan.shares;
   const int tiles = (params.patches + kTile - 1) / kTile;
-  const int first = share * plan.tiles_per_share + warpgroup();
+  const Shared<kColumns> shared;
+  const int first = share * plan.tiles_per_share + shared.group;
   const int end = min((share + 1) * plan.tiles_per_share, tiles);
   const int turns = max(0, (end - first + 1) / 2);
   const int columns_of_tile = plan.count * kColumns;
-  const Shared<kColumns> shared;
+  const TileCopier<T, kColumns, kTensorRows, kThreads> row_copier(threadIdx.x, params.width, params.width);
   for (int i = 0; i < plan.count; ++i)
-    copy_tile<T, kColumns>(shared.rows + i * kColumns * kRowsBytes, kTensorRows,
-                           static_cast<const T*>(plan.factors[i].rows) + sample * params.rows * params.width,
-                           params.width, params.rows, params.width, threadIdx.x, kThreads);
+    row_copier.copy(shared.rows + i * kColumns * kRowsBytes,
+                    static_cast<const T*>(plan.factors[i].rows) + sample * params.rows * params.width, params.rows);
   commit_copies();
   const auto copy_column = [&](int n, char* slot) {
     const int patch = (first + n / columns_of_tile * 2) * kTile, column = n % columns_of_tile;
     const PatchRows& tile = plan.factors[column / kColumns].tile;
     const int at = column % kColumns * kColumn;
-    copy_tile<T, 1>(slot, kTile, patch_of<T>(tile, sample, patch) + at, tile.patch_stride, params.patches - patch,
-                    params.width - at, member(), kWarpgroup);
+    TileCopier<T, 1, kTile, kWarpgroup>(member(), tile.patch_stride, params.width - at)
+        .copy(slot, patch_of<T>(tile, sample, patch) + at, params.patches - patch);
   };
-  ColumnStream<kSlots, decltype(copy_column)> columns(shared.slots + warpgroup() * kSlots * kTileBytes,
+  ColumnStream<kSlots, decltype(copy_column)> columns(shared.slots + shared.group * kSlots * kTileBytes,
                                                       turns * columns_of_tile, copy_column);
   for (int row = threadIdx.x; row < kTensorRows; row += kThreads)
     shared.delta[row] = row < params.rows ? params.delta[sample * params.rows + row] : 0.0f;
@@ -121,8 +122,10 @@ __global__ void __launch_bounds__(kThreads, 1) gradient_kernel(const __grid_cons
     Scores s = {};
     for (int factor = 0; factor < plan.count; ++factor)
 #pragma unroll
-      for (int column = 0; column < kColumns; ++column)
+      for (int column = 0; column < kColumns; ++column) {
         multiply_column<T>(s, columns.next(), shared.rows + (factor * kColumns + column) * kRowsBytes, true);
+        wgmma_wait();
+      }
     const int last = params.patches - 1;
     const float outside[2] = {outside_gradient(params, sample, min(patch + result_row(), last)),
                               outside_gradient(params, sample, min(patch + result_row() + 8, last))};

@@ -29,6 +29,8 @@ constexpr int kOwnBarrier = 1;                       // + warpgroup: a named bar
 using Scores = float[2][4 * kBlocks];  // [64 patches, 144 rows] in halves, as products leave them
 
 __device__ inline int warpgroup() { return threadIdx.x / kWarpgroup; }
+// The same from one lane for all, so that the compiler knows addresses made of it to be one for a warp.
+__device__ inline int uniform_warpgroup() { return __shfl_sync(kFullWarp, warpgroup(), 0); }
 __device__ inline int member() { return threadIdx.x % kWarpgroup; }
 __device__ inline int warp() { return member() / kWarp; }
 __device__ inline int lane() { return threadIdx.x % kWarp; }
@@ -41,20 +43,46 @@ __device__ inline char* aligned_shared_memory() {
   return start + (kSwizzleBytes - shared_address(start) % kSwizzleBytes) % kSwizzleBytes;
 }
 
-// Copies `entries` rows of `width` elements into a tile of kColumns columns, the threads `thread` of `threads` together;
-// rows from `count` on, and what is beyond the width, become zero.
-template <typename T, int kColumns>
-__device__ void copy_tile(char* tile, int entries, const T* rows, int64_t stride, int count, int width, int thread,
-                          int threads) {
-  constexpr int kUnits = kColumns * kColumn / kUnit;
-  for (int i = thread; i < entries * kUnits; i += threads) {
-    const int row = i / kUnits;
-    const int unit = i % kUnits;
-    const bool valid = row < count && unit * kUnit < width;
-    const T* source = valid ? rows + row * stride + unit * kUnit : rows;
-    copy_unit(tile + unit / kUnit * entries * kRowBytes + swizzled(row, unit % kUnit), source, valid);
+// Copies kEntries rows of up to 64·kColumns elements into columns, kCopiers threads together. Each thread has one place in
+// a row of 128 bytes and every kCopiers / 8-th row, so that all but the first address is a constant away.
+template <typename T, int kColumns, int kEntries, int kCopiers>
+class TileCopier {
+ public:
+  // For rows of `width` elements, `stride` apart; what is beyond the width becomes zero.
+  __device__ TileCopier(int thread, int64_t stride, int width)
+      : row_(thread / kUnitsOfRow), stride_(stride), from_(row_ * stride + thread % kUnitsOfRow * kUnit),
+        to_(swizzled(row_, thread % kUnitsOfRow)), valid_width_(width - thread % kUnitsOfRow * kUnit) {}
+
+  // The rows from `rows` on; those from `count` on become zero.
+  __device__ void copy(char* tile, const T* rows, int count) const {
+    const T* from = rows + from_;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const bool row_valid = row_ + pass * kRowsOfPass < count && row_ + pass * kRowsOfPass < kEntries;
+      if (kEntries % kRowsOfPass == 0 || row_ + pass * kRowsOfPass < kEntries) {
+#pragma unroll
+        for (int column = 0; column < kColumns; ++column) {
+          const bool valid = row_valid && column * kColumn < valid_width_;
+          copy_unit(tile + to_ + column * kEntries * kRowBytes + pass * kRowsOfPass * kRowBytes,
+                    valid ? from + column * kColumn : rows, valid);
+        }
+      }
+      from += kRowsOfPass * stride_;
+    }
   }
-}
+
+ private:
+  static constexpr int kUnitsOfRow = kColumn / kUnit;
+  static constexpr int kRowsOfPass = kCopiers / kUnitsOfRow;
+  static constexpr int kPasses = (kEntries + kRowsOfPass - 1) / kRowsOfPass;
+  static_assert(kRowsOfPass % 8 == 0, "the swizzle of a thread's rows must be one");
+
+  int row_;
+  int64_t stride_;
+  int64_t from_;
+  int to_;
+  int valid_width_;
+};
 
 // The columns of the tiles that a warpgroup works on, in the order of their use: each is copied kSlots − 1 uses ahead.
 // copy(n, slot) copies the n-th of `count`.
@@ -88,19 +116,18 @@ class ColumnStream {
   int used_ = 0;
 };
 
-// s (+)= one column of a tile times the same column of all rows.
+// s (+)= one column of a tile times the same column of all rows; left under way.
 template <typename T>
 __device__ void multiply_column(Scores& s, const char* tile_column, const char* rows_column, bool accumulate) {
+  const uint64_t tile_operand = operand(tile_column), rows_operand = operand(rows_column);
   wgmma_fence();
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int k = 0; k < kColumn / kStep; ++k)
-      wgmma_shared<T, false>(s[half], operand(shared_address(tile_column) + 2 * kStep * k),
-                             operand(shared_address(rows_column + half * kHalfBytes) + 2 * kStep * k),
-                             accumulate || k > 0);
+      wgmma_shared<T, false>(s[half], tile_operand + advance(2 * kStep * k),
+                             rows_operand + advance(half * kHalfBytes + 2 * kStep * k), accumulate || k > 0);
   wgmma_commit();
-  wgmma_wait();
 }
 
 inline bool on_hopper() {

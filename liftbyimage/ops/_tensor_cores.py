@@ -71,7 +71,7 @@ def backward(
         )
         grad_query[samples] = _product(grad_scores.transpose(1, 2), given[1]).view_as(given[0])
         if grad_tokens is not None:
-            grad_tokens[samples] = _token_gradient(weights, arrived, given[0])
+            _write_token_gradient(grad_tokens[samples], weights, arrived, given[0])
     return TokenGradients(grad_query, grad_tokens, grad_pose_value)
 
 
@@ -87,7 +87,7 @@ def _delta(incoming: Incoming, attention: Tensor, context: Tensor) -> Tensor:
     return delta
 
 
-def _token_gradient(weights: Tensor, incoming: Incoming, query: Tensor) -> Tensor:
+def _write_token_gradient(out: Tensor, weights: Tensor, incoming: Incoming, query: Tensor) -> None:
     """[A | dS] [dO ; Q] + dX of one chunk, [b, P, W]."""
     padded_rows, rows = weights.shape[3], query.flatten(1, 2)
     if incoming.context is None:
@@ -97,7 +97,10 @@ def _token_gradient(weights: Tensor, incoming: Incoming, query: Tensor) -> Tenso
         right = rows.new_zeros(rows.shape[0], 2 * padded_rows, rows.shape[2])
         right[:, : rows.shape[1]] = incoming.context.flatten(1, 2)
         right[:, padded_rows : padded_rows + rows.shape[1]] = rows
-    return torch.bmm(left, right) if incoming.patches is None else torch.baddbmm(incoming.patches, left, right)
+    if incoming.patches is None:
+        torch.bmm(left, right, out=out)
+    else:
+        torch.baddbmm(incoming.patches, left, right, out=out)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

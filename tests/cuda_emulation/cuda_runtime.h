@@ -99,8 +99,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 #define __syncthreads() emulate::Block::current()->sync_block(__LINE__)
 #define __shfl_xor_sync(mask, value, lanes) emulate_shuffle_xor(mask, value, lanes, __LINE__)
+#define __shfl_sync(mask, value, lane) emulate_shuffle(mask, value, lane, __LINE__)
 #define __any_sync(mask, value) emulate_any(mask, value, __LINE__)
 #define __shfl_up_sync(mask, value, lanes) emulate_shuffle_up(mask, value, lanes, __LINE__)
+
+template <typename T>
+T emulate_shuffle(unsigned mask, T value, int lane, int line) {
+  return emulate::Block::current()->exchange(mask, value, line, [&](auto handed_in) { return handed_in(lane); });
+}
 
 template <typename T>
 T emulate_shuffle_xor(unsigned mask, T value, int lanes, int line) {
@@ -129,6 +135,11 @@ inline int atomicAdd(int* address, int value) {
   const int before = *address;
   *address += value;
   return before;
+}
+
+inline float __fmul_ru(float a, float b) {
+  const float product = a * b;
+  return product < static_cast<double>(a) * b ? std::nextafter(product, INFINITY) : product;
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -36,7 +36,7 @@ void wgmma_wait() {}
 inline void wait_at_barrier(int barrier, int threads) { emulate::Block::current()->sync_named(barrier, threads); }
 inline void arrive_at_barrier(int barrier, int threads) { emulate::Block::current()->arrive_named(barrier, threads); }
 
-inline uint64_t operand(uint32_t address) { return address; }
+inline uint64_t operand(const void* pointer) { return shared_address(pointer) >> 4; }
 
 // One element of an operand: entry `line` of its 64 or N side, entry `k` of its 16 side.
 template <typename T>
@@ -44,7 +44,7 @@ float operand_element(uint64_t operand, int line, int k, bool transposed) {
   constexpr int kGroupBytes = 1024;  // of eight rows of 128 bytes
   const int row = transposed ? k : line;
   const int element = transposed ? line : k;
-  uint32_t address = static_cast<uint32_t>(operand) + row / 8 * kGroupBytes + row % 8 * 128 + element * 2;
+  uint32_t address = static_cast<uint32_t>(operand << 4) + row / 8 * kGroupBytes + row % 8 * 128 + element * 2;
   address ^= address / 128 % 8 * 16;
   T value;
   std::memcpy(&value, reinterpret_cast<const char*>(shared_memory) + address, sizeof(value));
