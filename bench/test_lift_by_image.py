@@ -6,16 +6,18 @@ The reference is liftbyimage.reference with the same state dict.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from machine import DTYPE
+from machine import DEVICE, DTYPE
 from measurement import Measurement
 from torch import Tensor, nn
 from workload import FORWARD, TRAINING, Implementation, Setting, Workload, textbook_memory
 
 from liftbyimage.metrics import root_relative
-from liftbyimage.models import LiftByImage, LiftByImageConfig, LiftedPose
+from liftbyimage.models import CapturedModule, LiftByImage, LiftByImageConfig, LiftedPose, capture
 from liftbyimage.reference import ReferenceLiftByImage
 
 CHANNELS = 32
@@ -72,6 +74,45 @@ class HalfPrecision(LiftByImage):
         return self.cast(features.bfloat16(), pose_2d.bfloat16())
 
 
+class _Direct(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+class _Replayed:
+    """Before a lifter's class: its forward is recorded as a CUDA graph by the first call, and replayed from then on."""
+
+    captured: CapturedModule | None = None
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if self.captured is None:
+            self.captured = capture(_Direct(super().forward).eval(), *inputs)  # type: ignore[misc]
+        return self.captured(*inputs)
+
+
+class ReplayedReference(_Replayed, ReferenceLiftByImage):  # type: ignore[misc]
+    pass
+
+
+class ReplayedLifter(_Replayed, LiftByImage):  # type: ignore[misc]
+    pass
+
+
+def _replayed_reference(setting: Setting) -> nn.Module:
+    config = _config(setting)
+    return ReplayedReference(config, LiftByImage(config).positions)
+
+
+def _why_no_graph(setting: Setting) -> str | None:
+    if DEVICE != "cuda":
+        return "a CUDA graph needs a GPU"
+    return None if setting.direction == FORWARD else "inference only"
+
+
 def _why_no_half_precision(setting: Setting) -> str | None:
     if DTYPE.itemsize == torch.bfloat16.itemsize:
         return "every row is in half precision"
@@ -81,7 +122,9 @@ def _why_no_half_precision(setting: Setting) -> str | None:
 IMPLEMENTATIONS = [
     Implementation("reference", _reference),
     Implementation("torch.compile", _reference, compiled=True),
+    Implementation("reference, CUDA graph", _replayed_reference, why_not=_why_no_graph),
     Implementation("liftbyimage", _lifter),
+    Implementation("liftbyimage, CUDA graph", lambda s: ReplayedLifter(_config(s)), why_not=_why_no_graph),
     Implementation(
         "liftbyimage bfloat16",
         lambda setting: HalfPrecision(_config(setting)),

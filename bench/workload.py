@@ -165,13 +165,14 @@ def dtype_name() -> str:
 
 
 def draw(workload: Workload, seed: int) -> Call:
-    """A seeded set of inputs; cotangents only where there is a backward."""
-    generator = torch.Generator().manual_seed(seed)
+    """A seeded set of inputs, drawn where they are used; cotangents only where there is a backward."""
     training = workload.setting.direction == TRAINING
-    drawn = enumerate(workload.inputs(generator, DTYPE))
-    inputs = [tensor.to(DEVICE).requires_grad_(training and i not in workload.frozen) for i, tensor in drawn]
     shapes = workload.cotangents if training else {}
-    cotangents = {name: torch.randn(shape, generator=generator).to(DEVICE, DTYPE) for name, shape in shapes.items()}
+    with torch.device(DEVICE):
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        drawn = enumerate(workload.inputs(generator, DTYPE))
+        inputs = [tensor.to(DEVICE).requires_grad_(training and i not in workload.frozen) for i, tensor in drawn]
+        cotangents = {name: torch.randn(shape, generator=generator).to(DTYPE) for name, shape in shapes.items()}
     return Call(tuple(inputs), cotangents)
 
 

@@ -147,6 +147,7 @@ def why_not_tensor_cores(query: Tensor, *tokens: Tensor) -> str | None:
     return None
 
 
+@functools.cache
 def _not_hopper(device: torch.device) -> str | None:
     architectures = importlib.import_module("liftbyimage._cuda").build_info()["architectures"]
     if "sm_90a" not in architectures.split("+"):
