@@ -6,8 +6,10 @@ import ctypes
 import subprocess
 import tempfile
 from collections.abc import Callable
+from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from cuda_emulation import emulated
@@ -51,20 +53,100 @@ def call_context(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     op.backward(grads, maps, *places, False, True, True, [True] * 4)
 
 
+class TensorAttention(ctypes.Structure):
+    """As in csrc/cuda/tensor_attention.h."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("dtype", "batch", "rows", "patches", "width")),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("query", "tokens")),
+        *((name, c_int64) for name in ("tokens_batch_stride", "tokens_patch_stride")),
+        *((name, c_void_p) for name in ("pose_value", "context", "lse")),
+        ("given_lse", c_bool),
+        *((name, c_void_p) for name in ("patches_out", "importance", "attention")),
+        ("attention_stride", c_int64),
+        *((name, c_int32) for name in ("attention_rows", "channels")),
+        *((name, c_void_p) for name in ("workspace", "stream")),
+    ]
+
+
+class PatchRows(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("patch_stride", c_int64)]
+
+
+class TensorGradient(ctypes.Structure):
+    """As in csrc/cuda/tensor_gradient.h."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("dtype", "batch", "rows", "patches", "width")),
+        ("scale", c_float),
+        *((name, PatchRows) for name in ("tokens", "grad_patches")),
+        *((name, c_void_p) for name in ("grad_context", "pose_value", "grad_importance")),
+        ("grad_attention", PatchRows),
+        *((name, c_void_p) for name in ("delta", "weights")),
+        ("padded_rows", c_int32),
+        ("stream", c_void_p),
+    ]
+
+
+ROWS, PATCHES = 136, 3072  # of eight heads and 17 joints, and of the patches of a crop of 256 × 192 pixels
+SOMEWHERE = 4096  # an address that launchers pass on
+
+
+def common(dtype: torch.dtype, width: int) -> dict[str, Any]:
+    sizes = {"batch": 1, "rows": ROWS, "patches": PATCHES, "width": width, "scale": width**-0.5}
+    return {"dtype": emulated.DTYPES[dtype], **sizes}
+
+
+def call_tensor_attention(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Updated tokens at width 256; attention beside the channels at the factored widths."""
+    if dtype == torch.float32:
+        return
+    for width in (256, 184, 48):
+        strides = {"tokens_batch_stride": PATCHES * width, "tokens_patch_stride": width}
+        given = dict.fromkeys(("query", "tokens", "context", "lse", "importance", "workspace"), SOMEWHERE)
+        if width == 256:
+            wanted = {"pose_value": SOMEWHERE, "patches_out": SOMEWHERE}
+        else:
+            stride = width + ROWS
+            wanted = {"attention": SOMEWHERE, "attention_stride": stride, "attention_rows": ROWS, "channels": width}
+        params = TensorAttention(**common(dtype, width), **strides, **given, **wanted)
+        launch(library.tensor_attention_forward, params)
+
+
+def call_tensor_gradient(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        return
+    for width in (256, 184, 48):
+        rows = PatchRows(SOMEWHERE, PATCHES * width, width)
+        given = dict.fromkeys(("grad_context", "pose_value", "delta", "weights"), SOMEWHERE)
+        params = TensorGradient(**common(dtype, width), tokens=rows, grad_patches=rows, **given, padded_rows=ROWS)
+        launch(library.tensor_gradient, params)
+
+
+def launch(function: Callable[..., int], params: ctypes.Structure) -> None:
+    status = function(ctypes.byref(params))
+    if status:
+        raise RuntimeError(f"the launcher returned error {status}")
+
+
 # Source → (what the launchers are called for, the calls); the launches of a source that is not here stay unknown.
 CALLS: dict[str, tuple[str, Callable[[ctypes.CDLL, torch.dtype], None]]] = {
     "pose_guided_attention.cu": ("width 256 shared", call_attention),
     "prune_patches.cu": ("prune 3072", call_prune),
     "sample_context.cu": ("context channels-last", call_context),
+    "tensor_attention.cu": ("widths 48, 184, 256", call_tensor_attention),
+    "tensor_gradient.cu": ("widths 48, 184, 256", call_tensor_gradient),
 }
 
 
-def recorded(source: Path) -> list[Launch]:
-    """The launches of one source, for every element type."""
+def recorded(source: Path, architecture: str) -> list[Launch]:
+    """The launches of one source, for every element type; `architecture` is one that it compiles for."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "recorded.so"
         # PTX alone: nothing runs. Symbolic: the recorder goes before the CUDA that torch may have loaded.
-        command = ["nvcc", "-std=c++17", "-O0", "-gencode=arch=compute_80,code=compute_80", "-shared", "-cudart=none"]
+        virtual = architecture.replace("sm_", "compute_")
+        command = ["nvcc", "-std=c++17", "-O0", f"-gencode=arch={virtual},code={virtual}", "-shared", "-cudart=none"]
         command += ["-Xcompiler=-fPIC", "-Xlinker=-Bsymbolic", str(source), str(RECORDER), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -34,6 +34,7 @@ from liftbyimage._files import write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
+HOPPER_SOURCES = ("tensor_attention.cu", "tensor_gradient.cu")  # as in setup.py: for sm_90a alone
 TRITON_ARCHITECTURES = (80, 90)
 SHORT_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}  # as Triton calls them
 NVCC_MISSING = None if shutil.which("nvcc") else "nvcc is not on PATH"
@@ -83,6 +84,8 @@ WARP_GROUPS = {"sm_80": "HMMA", "sm_90a": "HGMMA"}
 MIXED = {"sm_80": "HMMA", "sm_90a": "HGMMA|HGMMA+HMMA"}
 # Which tensor-core instructions the kernels of a source use. The first pattern found in a kernel's name or use decides.
 EXPECTED = {
+    "csrc/cuda/tensor_attention.cu": {"combine_kernel": NONE, "": {"sm_90a": "HGMMA"}},
+    "csrc/cuda/tensor_gradient.cu": {"": {"sm_90a": "HGMMA"}},
     "csrc/cuda/pose_guided_attention.cu": {"": NONE},
     "csrc/cuda/prune_patches.cu": {"": NONE},
     "csrc/cuda/sample_context.cu": {"": NONE},
@@ -155,8 +158,12 @@ def nvcc_cubin(source: Path, architecture: str, *flags: str) -> bytes:
         return target.read_bytes()
 
 
+def architectures_of(source: Path) -> tuple[str, ...]:
+    return ("sm_90a",) if source.name in HOPPER_SOURCES else CUDA_ARCHITECTURES
+
+
 def cuda_kernels(source: Path) -> list[Kernel]:
-    found = [usage for name in CUDA_ARCHITECTURES for usage in cubin.read(nvcc_cubin(source, name))]
+    found = [usage for name in architectures_of(source) for usage in cubin.read(nvcc_cubin(source, name))]
     names = short_names([usage.symbol for usage in found])
     path = str(source.relative_to(ROOT))
     kernels = [kernel_of(usage, path, name, "", None) for usage, name in zip(found, names, strict=True)]
@@ -171,7 +178,7 @@ def cuda_kernels(source: Path) -> list[Kernel]:
 
 def largest_launches(source: Path) -> dict[str, cuda_launches.Launch]:
     """Of each kernel's recorded launches, the one with most shared memory."""
-    launches = cuda_launches.recorded(source)
+    launches = cuda_launches.recorded(source, architectures_of(source)[0])
     names = short_names([launch.symbol for launch in launches])
     ascending = sorted(zip(names, launches, strict=True), key=lambda found: found[1].shared)
     return dict(ascending)
