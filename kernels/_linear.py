@@ -62,9 +62,9 @@ def linear_kernel(
     if norm_weight_pointer is not None:
         mean, deviation = row_statistics(x_pointer, row, row_ok, eps, K, NORM_BLOCK)
         if statistics_pointer is not None:
-            if part == 0:
-                tl.store(statistics_pointer + 2 * row, mean, mask=row_ok)
-                tl.store(statistics_pointer + 2 * row + 1, deviation, mask=row_ok)
+            once = row_ok & (part == 0)
+            tl.store(statistics_pointer + 2 * row, mean, mask=once)
+            tl.store(statistics_pointer + 2 * row + 1, deviation, mask=once)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, CHUNK):

@@ -1,10 +1,10 @@
 """The attention half of a pre-norm transformer block: three launches forward.
 
-    forward     norm, query, key and value      packed projection [B, T, 3D]
-                `attend_tokens`                 attended [B, T, D]
-                output projection, residual     updated [B, T, D]
-    backward    attention again and its gradient (`attend_tokens`), the layer norm's gradient; the four products are
-                PyTorch's
+forward     norm, query, key and value      packed projection [B, T, 3D]
+            `attend_tokens`                 attended [B, T, D]
+            output projection, residual     updated [B, T, D]
+backward    attention again and its gradient (`attend_tokens`), the layer norm's gradient; the four products are
+            PyTorch's
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The feed-forward half of a pre-norm transformer block: two launches forward.
 
-    forward     norm, first linear layer, gelu      activated [B, T, F]; for training also hidden, before its gelu
-                second linear layer, residual       updated [B, T, D]
-    backward    gelu again and its gradient, the layer norm's gradient; the five products are PyTorch's
+forward     norm, first linear layer, gelu      activated [B, T, F]; for training also hidden, before its gelu
+            second linear layer, residual       updated [B, T, D]
+backward    gelu again and its gradient, the layer norm's gradient; the five products are PyTorch's
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def forward(
     hidden = tokens.new_empty((batch, count, width) if keep else 0)
     statistics = tokens.new_empty((batch, count, 2) if keep else 0, dtype=torch.float32)
     norm = Norm(norm_weight, norm_bias, eps, statistics if keep else None)
-    activated = linear(
-        rows, linear1_weight, linear1_bias, norm=norm, gelu=True, before_gelu=hidden if keep else None
-    )
+    activated = linear(rows, linear1_weight, linear1_bias, norm=norm, gelu=True, before_gelu=hidden if keep else None)
     residual = Residual(rows, branch_scale, count)
     updated = linear(activated, linear2_weight, linear2_bias, residual=residual)
     return updated.view(tokens.shape), hidden, statistics

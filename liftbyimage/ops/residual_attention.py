@@ -94,7 +94,9 @@ _INPUTS = (
     " Tensor out_proj_weight, Tensor out_proj_bias, Tensor? branch_scale"
 )
 _FORWARD_SCHEMA = f"({_INPUTS}, int heads, float eps, bool keep) -> (Tensor, Tensor, Tensor)"
-_BACKWARD_SCHEMA = f"(Tensor grad_updated, {_INPUTS}, Tensor projected, Tensor statistics, int heads, bool[] wanted) -> Tensor[]"
+_BACKWARD_SCHEMA = (
+    f"(Tensor grad_updated, {_INPUTS}, Tensor projected, Tensor statistics, int heads, bool[] wanted) -> Tensor[]"
+)
 
 
 def _fake_forward(
