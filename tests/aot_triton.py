@@ -27,7 +27,8 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 QUICK = (
     "bf16 width 256 shared", "bf16 width 48 shared", "bf16 width 184 shared", "fp32 width 48 shared",
     "bf16 prune 3072", "bf16 context channels-last", "fp32 context channels-last", "bf16 tokens 5 × 16",
-    "bf16 tokens 17 × 80", "fp32 tokens 17 × 80",
+    "bf16 tokens 17 × 80", "fp32 tokens 17 × 80", "bf16 branch 1 × 256", "bf16 branch 256 × 256",
+    "fp32 branch 256 × 256",
 )  # fmt: skip
 
 
@@ -137,6 +138,32 @@ def token_calls(dtype: torch.dtype, tokens: int, heads: int, width: int) -> dict
     }
 
 
+def branch_calls(dtype: torch.dtype, batch: int, width: int, hidden: int) -> dict[str, Any]:
+    """Forward and backward of both residual branches over 17 tokens; only the second has stochastic depth."""
+    from aot_kernels import residual_attention, residual_feed_forward
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def layer(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return new(outputs, inputs), new(outputs)
+
+    tokens, norm, statistics = new(batch, 17, width), layer(width, 1)[1:] * 2, new(batch, 17, 2, dtype=torch.float32)
+    attention = (*norm, *layer(3 * width, width), *layer(width, width), None)
+    feed_forward = (*norm, *layer(hidden, width), *layer(width, hidden), new(batch))
+    wanted = [True] * 7 + [False]
+    return {
+        "residual_attention.forward": lambda: residual_attention.forward(tokens, *attention, 8, 1e-5, False),
+        "residual_attention.backward": lambda: residual_attention.backward(
+            tokens, tokens, *attention, new(batch, 17, 3 * width), statistics, 8, wanted
+        ),
+        "residual_feed_forward.forward": lambda: residual_feed_forward.forward(tokens, *feed_forward, 1e-5, True),
+        "residual_feed_forward.backward": lambda: residual_feed_forward.backward(
+            tokens, tokens, *feed_forward, new(batch, 17, hidden), statistics, wanted
+        ),
+    }  # fmt: skip
+
+
 def configurations() -> list[tuple[str, dict[str, Any]]]:
     """What is compiled: the default absorbed and factored widths, separate tensors, the widest, and both dtypes."""
     half, single = torch.bfloat16, torch.float32
@@ -161,6 +188,14 @@ def configurations() -> list[tuple[str, dict[str, Any]]]:
         ("fp32 tokens 5 × 16", token_calls(single, 5, 8, 16)),
         ("fp32 tokens 17 × 80", token_calls(single, 17, 8, 80)),
         ("fp32 tokens 64 × 128", token_calls(single, 64, 8, 128)),
+        ("bf16 branch 1 × 256", branch_calls(half, 1, 256, 1024)),
+        ("bf16 branch 256 × 256", branch_calls(half, 256, 256, 1024)),
+        ("bf16 branch 8 × 512", branch_calls(half, 8, 512, 2048)),
+        ("bf16 branch 64 × 640", branch_calls(half, 64, 640, 1280)),
+        ("bf16 branch 256 × 72", branch_calls(half, 256, 72, 144)),
+        ("fp32 branch 1 × 256", branch_calls(single, 1, 256, 1024)),
+        ("fp32 branch 256 × 256", branch_calls(single, 256, 256, 1024)),
+        ("fp32 branch 64 × 640", branch_calls(single, 64, 640, 1280)),
     ]
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from liftbyimage import models
 from liftbyimage.models import LiftByImage, LiftByImageConfig, Pipeline, PoseOnlyConfig, PoseOnlyLifter, TinyEncoder
 from liftbyimage.models.lift_by_image import position_channels
+from liftbyimage.ops import explain
 from liftbyimage.reference import ReferenceLiftByImage
 
 SMALL = LiftByImageConfig(image_channels=6, grid=(8, 6), dim=32, heads=4, dropout=0.0)
@@ -232,3 +234,49 @@ def test_bad_input():
         PoseOnlyLifter(32)
     with pytest.raises(ValueError, match="^LiftByImageConfig: num_joints must be >= 1, got 0$"):
         LiftByImageConfig(num_joints=0)
+
+
+@pytest.mark.parametrize("formulation", ["auto", "factored", "absorbed", "projected"])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_forward_reads_no_value_of_a_tensor(backend, formulation, monkeypatch):
+    """Tensors without values go through it: nothing waits for the device, as a CUDA graph demands."""
+    status = {found.name: found for found in explain("prune_patches", torch.zeros(1, 1, 1))}[backend]
+    if status.why_not is not None:
+        pytest.skip(f"{backend}: {status.why_not}")
+    monkeypatch.setenv("LIFTBYIMAGE_BACKEND", backend)
+    with FakeTensorMode(), torch.no_grad():
+        lifter = LiftByImage(SMALL, formulation).eval()
+        pose = lifter(torch.randn(2, 6, 8, 6), torch.randn(2, 17, 2))
+    assert pose.pose_3d.shape == (2, 17, 3) and pose.index.shape == (2, 14)
+
+
+@pytest.mark.parametrize(
+    "batch, training, error, message",
+    [
+        (True, False, TypeError, "batch must be an int >= 1, got bool"),
+        (2.0, False, TypeError, "batch must be an int >= 1, got float"),
+        (0, False, ValueError, "batch must be an int >= 1, got 0"),
+        (2, True, ValueError, "the model must be in eval mode, got one in training mode"),
+        (2, False, ValueError, "parameters must be on a CUDA device, got cpu for joint_embedding"),
+    ],
+)
+def test_capture_refuses_in_one_sentence(batch, training, error, message):
+    with pytest.raises(error) as raised:
+        LiftByImage(SMALL).train(training).capture(batch)
+    assert str(raised.value) == f"LiftByImage.capture: {message}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_captured_lifter_equals_itself(batch, dtype):
+    lifter = twins(dtype=dtype)[0].cuda().eval()
+    captured = lifter.capture(batch)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        features = torch.randn(batch, 6, 8, 6, device="cuda", dtype=dtype)
+        pose_2d = torch.rand(batch, 17, 2, device="cuda", dtype=dtype) * 2 - 1
+        with torch.no_grad():
+            expected = lifter(features, pose_2d)
+        for actual, wanted in zip(captured(features, pose_2d), expected, strict=True):
+            assert torch.equal(actual, wanted)

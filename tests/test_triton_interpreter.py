@@ -159,6 +159,23 @@ def test_tokens_at_the_limits_of_tiles_and_chunks(poisoned, tokens, width):
     )
 
 
+@pytest.mark.parametrize("op", ["residual_attention", "residual_feed_forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_branches_in_large_tiles(poisoned, monkeypatch, op, dtype):
+    """Several row and column tiles of the sizes that many samples get, the last ones partial."""
+    monkeypatch.setattr(kernels("_linear"), "ENOUGH_PROGRAMS", 1)
+    inputs = make_inputs(op, Case("", B=5, J=17, D=136, F=150, dropped=2), dtype, DEVICE)
+    check_against_float64(op, inputs, dtype, "triton")
+
+
+def test_layer_norm_of_a_mean_far_larger_than_the_deviation(poisoned):
+    inputs = make_inputs("residual_feed_forward", Case("", B=1, J=5, D=600, F=20), torch.float32, DEVICE)
+    tokens = inputs["tokens"]
+    tokens += 1000  # several blocks of columns, whose means differ by less than a thousandth
+    tokens[:, :, 0] = -3000
+    check_against_float64("residual_feed_forward", inputs, torch.float32, "triton")
+
+
 def test_infinite_key_of_one_token_does_not_spoil_another_head_or_the_gradient_of_padding(poisoned):
     packed = torch.randn(1, 5, 3 * 2 * 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     packed[0, 3, 8] = torch.inf  # the first head's key of token 3

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from liftbyimage.data.crop import CROP_SIZE, flip_normalised, flip_pose, normalised_pose
 from liftbyimage.metrics import root_relative
+from liftbyimage.models.capture import CapturedModule, capture
 from liftbyimage.nn import FactoredPatches, FeatureSelection, PoseGuidedLayer, TransformerLayer
 from liftbyimage.nn.formulation import Formulation, check_formulation
 from liftbyimage.ops._checks import check_dtype
@@ -161,6 +162,36 @@ class LiftByImage(nn.Module):
         kept = self.selection(patches.detach(), importance.detach())
         refined = self.explore(joints.detach(), kept.patches)
         return LiftedPose(refined, coarse, importance, kept.index)
+
+    def capture(self, batch: int) -> CapturedModule:
+        """Record `forward` for `batch` samples as a CUDA graph (`models.capture`): replayed, it is one launch.
+
+        Args:
+            batch: B, the number of samples of every later call.
+
+        Returns:
+            CapturedModule, called like `forward` with features [B, C, Hf, Wf] and pose_2d [B, J, 2] in the dtype and
+            on the device of the parameters; it returns a LiftedPose without gradients. Weights loaded later take
+            effect.
+
+        Raises:
+            TypeError: batch is no int.
+            ValueError: batch is below 1, the model is in training mode, or a parameter is not on a CUDA device.
+        """
+        if isinstance(batch, bool) or not isinstance(batch, int):
+            raise TypeError(f"LiftByImage.capture: batch must be an int >= 1, got {type(batch).__name__}")
+        if batch < 1:
+            raise ValueError(f"LiftByImage.capture: batch must be an int >= 1, got {batch}")
+        if self.training:
+            raise ValueError("LiftByImage.capture: the model must be in eval mode, got one in training mode")
+        for name, parameter in self.named_parameters():
+            if parameter.device.type != "cuda":
+                raise ValueError(
+                    f"LiftByImage.capture: parameters must be on a CUDA device, got {parameter.device.type} for {name}"
+                )
+        config, weight = self.config, self.embed.weight
+        features = weight.new_zeros(batch, config.image_channels, *config.grid)
+        return capture(self, features, weight.new_zeros(batch, config.num_joints, 2))
 
     def broad_query(self, features: Tensor, pose_2d: Tensor) -> tuple[Tensor, Tensor | FactoredPatches, Tensor]:
         """Stage 1: joints [B, J, D], pose-guided patches [B, P, D], importance [B, P]."""

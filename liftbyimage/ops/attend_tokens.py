@@ -87,16 +87,16 @@ count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_native_backward, _triton_backward), _backward_flops)
 
 
-def _why_not_triton(query_key_value: Tensor) -> str | None:
-    reason = why_not_triton_of_any_width(query_key_value)
-    if reason is None and query_key_value.shape[1] > TRITON_TOKEN_LIMIT:
-        return f"serves up to {TRITON_TOKEN_LIMIT} tokens, got {query_key_value.shape[1]}"
+def why_not_triton_of_few_tokens(tokens: Tensor, *rest: Tensor) -> str | None:
+    reason = why_not_triton_of_any_width(tokens)
+    if reason is None and tokens.shape[1] > TRITON_TOKEN_LIMIT:
+        return f"serves up to {TRITON_TOKEN_LIMIT} tokens, got {tokens.shape[1]}"
     return reason
 
 
 BACKENDS = (
     Backend("cpu", why_not_cpu, _native_forward, _native_backward, batch_independent=True),
-    Backend("triton", _why_not_triton, _triton_forward, _triton_backward, batch_independent=True),
+    Backend("triton", why_not_triton_of_few_tokens, _triton_forward, _triton_backward, batch_independent=True),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -30,11 +30,13 @@ from liftbyimage.ops._dispatch import (
     never,
     no_autocast,
     select,
+    triton_op,
     why_not_cpu_but_half,
 )
 from liftbyimage.ops._recompute import spread, wanted_of
 from liftbyimage.ops._residual import add_branch
 from liftbyimage.ops.attend_tokens import reference as attend
+from liftbyimage.ops.attend_tokens import why_not_triton_of_few_tokens
 
 OP = "residual_attention"
 
@@ -87,6 +89,16 @@ def reference(
     return add_branch(tokens, branch, branch_scale)
 
 
+_INPUTS = (
+    "Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor in_proj_weight, Tensor in_proj_bias,"
+    " Tensor out_proj_weight, Tensor out_proj_bias, Tensor? branch_scale"
+)
+_FORWARD_SCHEMA = f"({_INPUTS}, int heads, float eps, bool keep) -> (Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
+    f"(Tensor grad_updated, {_INPUTS}, Tensor projected, Tensor statistics, int heads, bool[] wanted) -> Tensor[]"
+)
+
+
 def _fake_forward(
     tokens: Tensor,
     norm_weight: Tensor,
@@ -116,6 +128,8 @@ def _fake_backward(grad_updated: Tensor, *rest: Any) -> list[Tensor]:
 
 _native_forward = native_op(f"{OP}_forward", _fake_forward)
 _native_backward = native_op(f"{OP}_backward", _fake_backward)
+_triton_forward = triton_op(f"{OP}_forward", _FORWARD_SCHEMA, _fake_forward)
+_triton_backward = triton_op(f"{OP}_backward", _BACKWARD_SCHEMA, _fake_backward)
 
 
 def _forward_flops(tokens: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -130,11 +144,12 @@ def _backward_flops(grad_updated: Any, tokens: Any, *rest: Any, out_shape: Any =
     return int(2 * batch * count * dim * (2 * 4 * dim + 6 * count))
 
 
-count_flops((_native_forward,), _forward_flops)
-count_flops((_native_backward,), _backward_flops)
+count_flops((_native_forward, _triton_forward), _forward_flops)
+count_flops((_native_backward, _triton_backward), _backward_flops)
 
 BACKENDS = (
     Backend("cpu", why_not_cpu_but_half, _native_forward, _native_backward, batch_independent=True),
+    Backend("triton", why_not_triton_of_few_tokens, _triton_forward, _triton_backward),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -190,8 +205,8 @@ def residual_attention(
             computed. None for 1 everywhere. It is taken as a constant and gets no gradient.
         heads: H, a divisor of D.
         eps: added to the variance in the layer norm.
-        backend: "cpu" (float32, float64 and bfloat16) or "reference"; None chooses (`liftbyimage.ops.explain` says
-            how).
+        backend: "cpu" (float32, float64 and bfloat16), "triton" (float32, float16 and bfloat16, up to 64 tokens) or
+            "reference"; None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         tokens [B, T, D] in the input dtype, differentiable with respect to every tensor argument but branch_scale. A

@@ -30,7 +30,9 @@ from liftbyimage.ops._dispatch import (
     never,
     no_autocast,
     select,
+    triton_op,
     why_not_cpu_but_half,
+    why_not_triton_of_any_width,
 )
 from liftbyimage.ops._recompute import spread, wanted_of
 from liftbyimage.ops._residual import add_branch
@@ -86,6 +88,14 @@ def reference(
     return add_branch(tokens, branch, branch_scale)
 
 
+_INPUTS = (
+    "Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor linear1_weight, Tensor linear1_bias,"
+    " Tensor linear2_weight, Tensor linear2_bias, Tensor? branch_scale"
+)
+_FORWARD_SCHEMA = f"({_INPUTS}, float eps, bool keep) -> (Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = f"(Tensor grad_updated, {_INPUTS}, Tensor hidden, Tensor statistics, bool[] wanted) -> Tensor[]"
+
+
 def _fake_forward(
     tokens: Tensor,
     norm_weight: Tensor,
@@ -114,6 +124,8 @@ def _fake_backward(grad_updated: Tensor, *rest: Any) -> list[Tensor]:
 
 _native_forward = native_op(f"{OP}_forward", _fake_forward)
 _native_backward = native_op(f"{OP}_backward", _fake_backward)
+_triton_forward = triton_op(f"{OP}_forward", _FORWARD_SCHEMA, _fake_forward)
+_triton_backward = triton_op(f"{OP}_backward", _BACKWARD_SCHEMA, _fake_backward)
 
 
 def _forward_flops(tokens: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -127,11 +139,12 @@ def _backward_flops(grad_updated: Any, *inputs: Any, out_shape: Any = None, **kw
     return 2 * _forward_flops(*inputs)  # two products for each of the forward's
 
 
-count_flops((_native_forward,), _forward_flops)
-count_flops((_native_backward,), _backward_flops)
+count_flops((_native_forward, _triton_forward), _forward_flops)
+count_flops((_native_backward, _triton_backward), _backward_flops)
 
 BACKENDS = (
     Backend("cpu", why_not_cpu_but_half, _native_forward, _native_backward, batch_independent=True),
+    Backend("triton", why_not_triton_of_any_width, _triton_forward, _triton_backward),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -186,8 +199,8 @@ def residual_feed_forward(
         branch_scale: [B], the factor on each sample's branch; a sample at 0 keeps its tokens and its branch is not
             computed. None for 1 everywhere. It is taken as a constant and gets no gradient.
         eps: added to the variance in the layer norm.
-        backend: "cpu" (float32, float64 and bfloat16) or "reference"; None chooses (`liftbyimage.ops.explain` says
-            how).
+        backend: "cpu" (float32, float64 and bfloat16), "triton" (float32, float16 and bfloat16) or "reference"; None
+            chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         tokens [B, T, D] in the input dtype, differentiable with respect to every tensor argument but branch_scale. A
