@@ -32,6 +32,7 @@ RESULTS = ROOT / "bench" / "results"
 # whole. Of these files the tests with "cpu" in their names are left out.
 GPU_TESTS: dict[str, Sequence[str]] = {
     "tests/test_capture.py": (),
+    "tests/test_lift_by_image.py": (),
     "tests/test_examples.py::test_example[cuda_graph.py]": (),
     "tests/test_cli.py::test_doctor_json_states_every_backend": ("typer", "rich", "cv2"),
     "tests/test_triton_interpreter.py": (),

@@ -1,5 +1,5 @@
 """What all Triton kernels share: masked tiles, inner products of tiles, widths padded to powers of two, the device
-to launch on."""
+to launch on, and the dtype of PyTorch's products beside them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def padded(size: int, limit: int | None = None, least: int = SMALLEST_DOT) -> in
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device; make it the one that holds `tensor`."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Products in the dtype of their operands, whatever autocast says where they are called."""
+    device = tensor.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 @triton.jit

@@ -25,12 +25,13 @@ ENOUGH_PROGRAMS = 128  # about the multiprocessors of a large GPU
 
 
 class Norm(NamedTuple):
-    """A layer norm before the product; `statistics` [R, 2] receives mean and reciprocal deviation, if wanted."""
+    """A layer norm before the product; what is wanted of its statistics and result is written to given tensors."""
 
     weight: Tensor  # [K]
     bias: Tensor  # [K]
     eps: float
-    statistics: Tensor | None = None
+    statistics: Tensor | None = None  # [R, 2], mean and reciprocal deviation
+    normalized: Tensor | None = None  # [R, K]
 
 
 class Residual(NamedTuple):
@@ -49,7 +50,7 @@ def gelu(x):
 @triton.jit(do_not_specialize=["rows", "count", "eps"])
 def linear_kernel(
     x_pointer, norm_weight_pointer, norm_bias_pointer, weight_pointer, bias_pointer, residual_pointer, scale_pointer,
-    statistics_pointer, before_gelu_pointer, out_pointer, rows, count, eps,
+    statistics_pointer, normalized_pointer, before_gelu_pointer, out_pointer, rows, count, eps,
     K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     NORM_BLOCK: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,10 +62,10 @@ def linear_kernel(
     column_ok = column < N
     if norm_weight_pointer is not None:
         mean, deviation = row_statistics(x_pointer, row, row_ok, eps, K, NORM_BLOCK)
+        stored = row < tl.where(part == 0, rows, 0)  # by one of the programs that share them
         if statistics_pointer is not None:
-            once = row_ok & (part == 0)
-            tl.store(statistics_pointer + 2 * row, mean, mask=once)
-            tl.store(statistics_pointer + 2 * row + 1, deviation, mask=once)
+            tl.store(statistics_pointer + 2 * row, mean, mask=stored)
+            tl.store(statistics_pointer + 2 * row + 1, deviation, mask=stored)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, K, CHUNK):
@@ -73,6 +74,9 @@ def linear_kernel(
         if norm_weight_pointer is not None:
             inner = first + tl.arange(0, CHUNK)
             x = normalized(x, mean, deviation, norm_weight_pointer, norm_bias_pointer, inner, K).to(weight.dtype)
+            if normalized_pointer is not None:
+                mask = stored[:, None] & (inner < K)[None, :]
+                tl.store(normalized_pointer + row[:, None] * K + inner[None, :], x, mask=mask)
         total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
 
     y = total + tl.load(bias_pointer + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
@@ -92,15 +96,16 @@ def linear_kernel(
     tl.store(out_pointer + at, y.to(out_pointer.dtype.element_ty), mask=mask)
 
 
-def plan(dtype: torch.dtype, rows: int, inner: int, columns: int) -> dict[str, Any]:
-    """Tile sizes and launch options of a product [rows, inner] · [inner, columns]."""
+def plan(dtype: torch.dtype, rows: int, inner: int, columns: int, normalizes: bool) -> dict[str, Any]:
+    """Tile sizes and launch options of a product [rows, inner] · [inner, columns], after a layer norm or not."""
     exact = dtype == torch.float32  # the FMA pipes: operands pass through registers
     tiles = ((64, 64), (32, 32)) if exact else ((64, 128), (64, 64), (32, 32))
     block_m, block_n = next((sizes for sizes in tiles if programs(rows, columns, *sizes) >= ENOUGH_PROGRAMS), (32, 16))
     few = block_m < 64
     block_m = padded(rows, block_m)
     chunk = padded(inner, 32 if exact else 128 if few else 64)
-    options = {"maxnreg": 255} if block_n == 128 else {}  # or ptxas spills a few values for the sake of occupancy
+    # Or ptxas spills a few values for the sake of occupancy.
+    options = {"maxnreg": 255} if normalizes and block_n == 128 else {}
     return {
         "K": inner, "N": columns, "BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK": chunk,
         "NORM_BLOCK": padded(inner, LARGEST_TILE // block_m), "PRECISION": "ieee" if exact else "tf32",
@@ -126,13 +131,14 @@ def linear(
     (rows, inner), columns = x.shape, weight.shape[0]
     out = x.new_empty(rows, columns)
     if rows:
-        launch = plan(x.dtype, rows, inner, columns)
+        launch = plan(x.dtype, rows, inner, columns, norm is not None)
         grid = programs(rows, columns, launch["BLOCK_M"], launch["BLOCK_N"])
         with on_device(x):
             linear_kernel[(grid,)](
                 x, *(norm.weight.contiguous(), norm.bias.contiguous()) if norm else (None, None),
                 weight.contiguous(), bias.contiguous(), residual.tokens if residual else None,
-                residual.scale if residual else None, norm.statistics if norm else None, before_gelu, out,
-                rows, residual.count if residual else 1, norm.eps if norm else 0.0, GELU=gelu, **launch,
+                residual.scale if residual else None, norm.statistics if norm else None,
+                norm.normalized if norm else None, before_gelu, out, rows, residual.count if residual else 1,
+                norm.eps if norm else 0.0, GELU=gelu, **launch,
             )  # fmt: skip
     return out

@@ -7,20 +7,12 @@ zero, for 0 · NaN would spoil the weights' gradients.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import _layer_norm
-
-
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Products in the dtype of their operands, whatever autocast says where the backward pass was started."""
-    device = tensor.device.type
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def kept(values: Tensor, branch_scale: Tensor | None) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import attend_tokens
+from ._common import without_autocast
 from ._linear import Norm, Residual, linear
-from ._residual_branch import branch_gradient, gradients, kept, without_autocast
+from ._residual_branch import branch_gradient, gradients, kept
 
 
 def softmax_scale(tokens: Tensor, heads: int) -> float:

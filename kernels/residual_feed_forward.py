@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._common import without_autocast
 from ._linear import Norm, Residual, linear
-from ._residual_branch import branch_gradient, gradients, kept, without_autocast
+from ._residual_branch import branch_gradient, gradients, kept
 
 
 def forward(

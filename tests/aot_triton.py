@@ -28,7 +28,7 @@ QUICK = (
     "bf16 width 256 shared", "bf16 width 48 shared", "bf16 width 184 shared", "fp32 width 48 shared",
     "bf16 prune 3072", "bf16 context channels-last", "fp32 context channels-last", "bf16 tokens 5 × 16",
     "bf16 tokens 17 × 80", "fp32 tokens 17 × 80", "bf16 branch 1 × 256", "bf16 branch 256 × 256",
-    "fp32 branch 256 × 256",
+    "fp32 branch 256 × 256", "bf16 joints 1 × 256", "bf16 joints 256 × 256", "fp32 joints 256 × 256",
 )  # fmt: skip
 
 
@@ -164,6 +164,32 @@ def branch_calls(dtype: torch.dtype, batch: int, width: int, hidden: int) -> dic
     }  # fmt: skip
 
 
+def joint_calls(dtype: torch.dtype, batch: int, width: int, folded: int | None) -> dict[str, Any]:
+    """Both sides of the attention to patches for 17 joints; `folded` is the width of the keys, None the heads' own."""
+    from aot_kernels import joint_queries, update_joints
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def layer(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return new(outputs, inputs), new(outputs)
+
+    joints, norm, head = new(batch, 17, width), (new(width), new(width)), width // 8
+    fold = None if folded is None else new(8, head, folded)
+    unfold = None if folded is None else new(8, head, folded).transpose(1, 2)
+    context = new(batch, 8, 17, folded or head)
+    projections = (*layer(3 * width, width), *layer(width, width))
+    feed_forward = (*layer(4 * width, width), *layer(width, 4 * width))
+    return {
+        "joint_queries.forward": lambda: joint_queries.forward(
+            joints, *projections, *norm, *layer(width, width), fold, 8, 1e-5
+        ),
+        "update_joints.forward": lambda: update_joints.forward(
+            joints, context, unfold, new(width), *projections[2:], *norm, *feed_forward, *norm, 1e-5
+        ),
+    }  # fmt: skip
+
+
 def configurations() -> list[tuple[str, dict[str, Any]]]:
     """What is compiled: the default absorbed and factored widths, separate tensors, the widest, and both dtypes."""
     half, single = torch.bfloat16, torch.float32
@@ -196,6 +222,12 @@ def configurations() -> list[tuple[str, dict[str, Any]]]:
         ("fp32 branch 1 × 256", branch_calls(single, 1, 256, 1024)),
         ("fp32 branch 256 × 256", branch_calls(single, 256, 256, 1024)),
         ("fp32 branch 64 × 640", branch_calls(single, 64, 640, 1280)),
+        ("bf16 joints 1 × 256", joint_calls(half, 1, 256, 48)),
+        ("bf16 joints 256 × 256", joint_calls(half, 256, 256, 48)),
+        ("bf16 joints 256 × 256, absorbed", joint_calls(half, 256, 256, 256)),
+        ("bf16 joints 8 × 512", joint_calls(half, 8, 512, None)),
+        ("fp32 joints 1 × 256", joint_calls(single, 1, 256, 48)),
+        ("fp32 joints 256 × 256", joint_calls(single, 256, 256, 48)),
     ]
 
 

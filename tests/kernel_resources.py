@@ -94,7 +94,8 @@ EXPECTED = {
     "kernels/attend_tokens.py": {"fp32": NONE, "tokens 64": WARP_GROUPS, "bf16": WARPS},
     "kernels/_layer_norm.py": {"": NONE},
     # Few rows (a batch of 1) fill no 64.
-    "kernels/_linear.py": {"fp32": NONE, "branch 1 ×": WARPS, "bf16": WARP_GROUPS},
+    "kernels/_linear.py": {"fp32": NONE, " 1 ×": WARPS, "bf16": WARP_GROUPS},
+    "kernels/_heads.py": {"fp32": NONE, "bf16": MIXED},
     "kernels/prune_patches.py": {"": NONE},
     "kernels/sample_context.py": {"": NONE},
 }

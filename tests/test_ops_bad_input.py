@@ -80,13 +80,13 @@ def call(op, **changes):
             "attend_patches",
             {"backend": "fast"},
             ValueError,
-            "backend must be one of cpu, triton, reference, got 'fast'",
+            "backend must be one of cpu, cuda, triton, reference, got 'fast'",
         ),
         (
             "attend_patches",
             {"backend": ""},
             ValueError,
-            "backend must be one of cpu, triton, reference, got ''",
+            "backend must be one of cpu, cuda, triton, reference, got ''",
         ),
         (
             "pose_guided_attention",
@@ -190,9 +190,9 @@ def call(op, **changes):
         ("joint_queries", {"fold": torch.zeros(2, 3, 0)}, ValueError, "fold must have W >= 1, got [2, 3, 0]"),
         (
             "joint_queries",
-            {"backend": "triton"},
+            {"backend": "cuda"},
             ValueError,
-            "backend must be one of cpu, reference, got 'triton'",
+            "backend must be one of cpu, triton, reference, got 'cuda'",
         ),
         (
             "update_joints",

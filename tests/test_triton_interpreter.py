@@ -168,6 +168,14 @@ def test_branches_in_large_tiles(poisoned, monkeypatch, op, dtype):
     check_against_float64(op, inputs, dtype, "triton")
 
 
+@pytest.mark.parametrize("op", ["joint_queries", "update_joints"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_joints_in_large_tiles(poisoned, op, dtype):
+    """1,026 rows, the last of their tiles partial; a width of keys beyond one tile of columns."""
+    inputs = make_inputs(op, Case("", B=54, H=2, J=19, D=40, E=70, F=40), dtype, DEVICE)
+    check_against_float64(op, inputs, dtype, "triton")
+
+
 def test_layer_norm_of_a_mean_far_larger_than_the_deviation(poisoned):
     inputs = make_inputs("residual_feed_forward", Case("", B=1, J=5, D=600, F=20), torch.float32, DEVICE)
     tokens = inputs["tokens"]

@@ -32,9 +32,11 @@ from liftbyimage.ops._dispatch import (
     no_autocast,
     python_op,
     select,
+    triton_op,
     why_not_cpu_in_full_precision,
 )
 from liftbyimage.ops._recompute import gradients, spread, wanted_of
+from liftbyimage.ops.attend_tokens import why_not_triton_of_few_tokens
 
 OP = "joint_queries"
 
@@ -110,6 +112,11 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
     return by_head.transpose(1, 2)
 
 
+_FORWARD_SCHEMA = (
+    "(Tensor joints, Tensor in_proj_weight, Tensor in_proj_bias, Tensor out_proj_weight, Tensor out_proj_bias,"
+    " Tensor norm_weight, Tensor norm_bias, Tensor query_weight, Tensor query_bias, Tensor? fold, int heads,"
+    " float eps) -> (Tensor, Tensor)"
+)
 _BACKWARD_SCHEMA = (
     "(Tensor? grad_joints, Tensor? grad_query, Tensor joints, Tensor in_proj_weight, Tensor in_proj_bias,"
     " Tensor out_proj_weight, Tensor out_proj_bias, Tensor norm_weight, Tensor norm_bias, Tensor query_weight,"
@@ -139,6 +146,7 @@ def _fake_backward(grad_joints: Tensor | None, grad_query: Tensor | None, *rest:
 
 
 _native_forward = native_op(f"{OP}_forward", _fake_forward)
+_triton_forward = triton_op(f"{OP}_forward", _FORWARD_SCHEMA, _fake_forward)
 _backward = python_op(f"{OP}_backward", _BACKWARD_SCHEMA, _recompute, _fake_backward)
 
 
@@ -159,11 +167,12 @@ def _backward_flops(
     return 3 * _flops(joints, rest[8])  # forward again, and two products for each of its own
 
 
-count_flops((_native_forward,), _forward_flops)
+count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_backward,), _backward_flops)
 
 BACKENDS = (
     Backend("cpu", why_not_cpu_in_full_precision, _native_forward, _backward, batch_independent=True),
+    Backend("triton", why_not_triton_of_few_tokens, _triton_forward, _backward),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -222,7 +231,8 @@ def joint_queries(
         fold: [H, D / H, W], applied to each head's query; None for the plain queries, W = D / H.
         heads: H, a divisor of D.
         eps: added to the variance in the layer norm.
-        backend: "cpu" (float32 and float64) or "reference"; None chooses (`liftbyimage.ops.explain` says how).
+        backend: "cpu" (float32 and float64), "triton" (float32, float16 and bfloat16, up to 64 joints) or "reference";
+            None chooses (`liftbyimage.ops.explain` says how).
 
     Returns:
         JointQueries: `joints` [B, J, D] after the layer norm and `query` [B, H, J, W] without any softmax scale, in the

@@ -32,7 +32,9 @@ from liftbyimage.ops._dispatch import (
     no_autocast,
     python_op,
     select,
+    triton_op,
     why_not_cpu_in_full_precision,
+    why_not_triton_of_any_width,
 )
 from liftbyimage.ops._recompute import gradients, spread, wanted_of
 
@@ -117,6 +119,11 @@ def reference(
     return F.layer_norm(joints + F.linear(hidden, linear2_weight, linear2_bias), size, norm2_weight, norm2_bias, eps)
 
 
+_FORWARD_SCHEMA = (
+    "(Tensor joints, Tensor context, Tensor? unfold, Tensor? value_bias, Tensor out_proj_weight, Tensor out_proj_bias,"
+    " Tensor norm1_weight, Tensor norm1_bias, Tensor linear1_weight, Tensor linear1_bias, Tensor linear2_weight,"
+    " Tensor linear2_bias, Tensor norm2_weight, Tensor norm2_bias, float eps) -> Tensor"
+)
 _BACKWARD_SCHEMA = (
     "(Tensor grad_joints, Tensor joints, Tensor context, Tensor? unfold, Tensor? value_bias, Tensor out_proj_weight,"
     " Tensor out_proj_bias, Tensor norm1_weight, Tensor norm1_bias, Tensor linear1_weight, Tensor linear1_bias,"
@@ -140,6 +147,7 @@ def _fake_backward(grad_joints: Tensor, *rest: Any) -> list[Tensor]:
 
 
 _native_forward = native_op(f"{OP}_forward", _fake_forward)
+_triton_forward = triton_op(f"{OP}_forward", _FORWARD_SCHEMA, _fake_forward)
 _backward = python_op(f"{OP}_backward", _BACKWARD_SCHEMA, _recompute, _fake_backward)
 
 
@@ -155,11 +163,12 @@ def _backward_flops(grad_joints: Any, *inputs: Any, out_shape: Any = None, **kwa
     return 3 * _forward_flops(*inputs)  # forward again, and two products for each of its own
 
 
-count_flops((_native_forward,), _forward_flops)
+count_flops((_native_forward, _triton_forward), _forward_flops)
 count_flops((_backward,), _backward_flops)
 
 BACKENDS = (
     Backend("cpu", why_not_cpu_in_full_precision, _native_forward, _backward, batch_independent=True),
+    Backend("triton", why_not_triton_of_any_width, _triton_forward, _backward),
     Backend("reference", never),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -220,7 +229,8 @@ def update_joints(
         linear1_weight, linear1_bias: [F, D] and [F].
         linear2_weight, linear2_bias: [D, F] and [D].
         eps: added to the variance in both layer norms.
-        backend: "cpu" (float32 and float64) or "reference"; None chooses (`liftbyimage.ops.explain` says how).
+        backend: "cpu" (float32 and float64), "triton" (float32, float16 and bfloat16) or "reference"; None chooses
+            (`liftbyimage.ops.explain` says how).
 
     Returns:
         joints [B, J, D] in the input dtype, differentiable with respect to every tensor argument: the inputs alone are
