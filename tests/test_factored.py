@@ -234,7 +234,7 @@ def test_whole_model_compiles():
 @pytest.mark.parametrize("demanded", ["", "cpu"])
 @pytest.mark.parametrize("half_features", [False, True])
 def test_autocast_is_the_same_with_and_without_gradients(demanded, half_features, monkeypatch):
-    """The joint side's kernels take no half types, so that its steps are cast one by one, as they are in training."""
+    """Under autocast the joint side's steps are cast one by one, as they are in training."""
     if demanded and _extension.CPU_MISSING:
         pytest.skip(_extension.CPU_MISSING)
     monkeypatch.setenv("LIFTBYIMAGE_BACKEND", demanded)

@@ -523,6 +523,15 @@ def test_the_cpu_residual_ops_are_not_for_float16(op):
         getattr(ops, op)(**inputs, backend="cpu")
 
 
+def test_interpreted_triton_is_not_for_bfloat16(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = make_inputs("attend_tokens", SMALL, torch.bfloat16)
+    reason = "serves float32 and float16 with TRITON_INTERPRET=1, whose products are wrong in bfloat16"
+    with pytest.raises(ValueError, match=f"^attend_tokens: backend 'triton' cannot serve this call: {reason}$"):
+        ops.attend_tokens(**inputs, backend="triton")
+
+
 def test_patches_that_are_key_need_one_shared_head():
     inputs = make_inputs("pose_guided_attention", SMALL, torch.float32)
     inputs["patches"] = inputs["key"]

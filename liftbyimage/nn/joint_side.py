@@ -10,7 +10,7 @@ from liftbyimage.nn.factored_patches import FactoredPatches
 from liftbyimage.nn.formulation import AttentionSize, Formulation, check_formulation
 from liftbyimage.ops import attend_patches, joint_queries, update_joints
 from liftbyimage.ops._checks import check_dtype
-from liftbyimage.ops._dispatch import autocast, has_kernel
+from liftbyimage.ops._dispatch import autocast_is_on, has_kernel
 from liftbyimage.ops.joint_queries import BACKENDS
 
 
@@ -91,9 +91,9 @@ class JointSide(nn.Module):
 
     def _fuses(self, joints: Tensor) -> bool:
         """Whether the fused ops have a kernel for `joints` and nothing asks for the steps one by one: no gradient,
-        which would recompute them, and no dropout."""
+        which would recompute them, no dropout, and no autocast, which casts them one by one as it does in training."""
         inference = not torch.is_grad_enabled() and not (self.training and self.dropout.p > 0)
-        return inference and has_kernel(BACKENDS, *autocast(joints))
+        return inference and not autocast_is_on(joints.device.type) and has_kernel(BACKENDS, joints)
 
     def check_tokens(self, joints: Tensor, patches: Tensor | FactoredPatches) -> None:
         name = type(self).__name__

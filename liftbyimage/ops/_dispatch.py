@@ -114,6 +114,8 @@ def why_not_triton_of_any_width(*tensors: Tensor) -> str | None:
         return missing
     if tensors[0].device.type != "cuda" and not triton_interprets():
         return f"serves CUDA tensors (or any with TRITON_INTERPRET=1), got {tensors[0].device.type}"
+    if triton_interprets() and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return "serves float32 and float16 with TRITON_INTERPRET=1, whose products are wrong in bfloat16"
     return _gpu_dtype(*tensors)
 
 
