@@ -66,10 +66,12 @@ def select(op: str, backends: Sequence[Backend], requested: str | None, *tensors
 
 
 def has_kernel(backends: Sequence[Backend], *tensors: Tensor) -> bool:
-    """Whether more than the reference would serve `tensors`, under the environment's demand if there is one."""
+    """Whether another backend than the reference serves `tensors`, under the environment's demand if there is one."""
     demanded = demanded_backend()
-    kernels = (backend for backend in backends if backend.forward is not None and demanded in (None, backend.name))
-    return any(backend.why_not(*tensors) is None for backend in kernels)
+    if demanded is not None:
+        backends = [backend for backend in backends if backend.name == demanded]
+    serving = next((backend for backend in backends if backend.why_not(*tensors) is None), None)
+    return serving is not None and serving.forward is not None
 
 
 def needs_graph(inputs: Sequence[Tensor | None]) -> bool:
