@@ -95,7 +95,7 @@ EXPECTED = {
     "kernels/_layer_norm.py": {"": NONE},
     # Few rows (a batch of 1) fill no 64.
     "kernels/_linear.py": {"fp32": NONE, " 1 ×": WARPS, "bf16": WARP_GROUPS},
-    "kernels/_heads.py": {"fp32": NONE, "bf16": MIXED},
+    "kernels/_heads.py": {"fp32": NONE, " 1 ×": WARPS, "bf16": MIXED},
     "kernels/prune_patches.py": {"": NONE},
     "kernels/sample_context.py": {"": NONE},
 }

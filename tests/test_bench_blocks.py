@@ -13,7 +13,12 @@ from liftbyimage import cli
 from liftbyimage.bench_report.blocks import renew
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/context-aware-poseformer.md", "docs/kernels/factored.md")
+PAGES = (
+    "README.md",
+    "docs/context-aware-poseformer.md",
+    "docs/kernels/factored.md",
+    "docs/kernels/pose_guided_attention.md",
+)
 
 
 def _run(*arguments: Any) -> Any:

@@ -1,11 +1,15 @@
 """Exact error texts of the public ops: the op, the argument, what was expected, what came."""
 
 import re
+import sys
+import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from liftbyimage import ops
+from liftbyimage import _extension, ops
+from liftbyimage.ops import _dispatch
 from liftbyimage.testing import Case, make_inputs
 
 SMALL = Case("small", B=2, H=2, J=3, P=5, E=4, F=6, D=6, K=4, S=2, maps=((3, 4, 5), (5, 2, 3)), shared_head=False)
@@ -192,7 +196,7 @@ def call(op, **changes):
             "joint_queries",
             {"backend": "cuda"},
             ValueError,
-            "backend must be one of cpu, triton, reference, got 'cuda'",
+            "backend must be one of cpu, reference, triton, got 'cuda'",
         ),
         (
             "update_joints",
@@ -582,3 +586,47 @@ def test_the_cpu_residual_attention_is_not_for_float16():
     expected = f"residual_attention: backend 'cpu' cannot serve this call: {reason}"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         ops.residual_attention(**inputs, backend="cpu")
+
+
+def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), architectures="sm_80+sm_90a", **sizes):
+    """Why the CUDA backend cannot serve values that are not there, on a GPU that is not there either."""
+    build = types.SimpleNamespace(build_info=lambda: {"architectures": architectures})
+    monkeypatch.setattr(_extension, "CUDA_MISSING", None)
+    monkeypatch.setitem(sys.modules, "liftbyimage._cuda", build)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    _dispatch._not_hopper.cache_clear()
+    sizes = {"heads": 8, "joints": 17, "width": 48, "dtype": torch.bfloat16, "key_heads": 1, "one": True, **sizes}
+    with FakeTensorMode():
+
+        def new(*shape):
+            return torch.empty(1, *shape, sizes["width"], dtype=sizes["dtype"], device="cuda")
+
+        query, tokens = new(sizes["heads"], sizes["joints"]), new(sizes["key_heads"], 5)
+        value = tokens if sizes["one"] else new(sizes["key_heads"], 5)
+        tensors = (query, new(5)) if op == "guide_patches" else (query, tokens, value)
+        reasons = {status.name: status.why_not for status in ops.explain(op, *tensors)}
+    _dispatch._not_hopper.cache_clear()
+    return reasons["cuda"]
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        ({}, None),
+        ({"dtype": torch.float32}, "serves float16 and bfloat16, got float32"),
+        ({"heads": 9}, "serves up to 144 query rows H·J, got 153"),
+        ({"width": 52}, "serves widths that are multiples of 8 up to 256, got 52"),
+        ({"width": 264}, "serves widths that are multiples of 8 up to 256, got 264"),
+        ({"capability": (8, 0)}, "needs compute capability 9.0 (Hopper), got 8.0"),
+        ({"capability": (10, 0)}, "needs compute capability 9.0 (Hopper), got 10.0"),
+        ({"architectures": "sm_80"}, "needs a build for sm_90a, got one for sm_80"),
+    ],
+)
+@pytest.mark.parametrize("op", ["attend_patches", "guide_patches"])
+def test_tensor_cores_say_what_they_do_not_serve(monkeypatch, op, sizes, expected):
+    assert tensor_core_reason(monkeypatch, op, **sizes) == expected
+
+
+@pytest.mark.parametrize("sizes", [{"one": False}, {"key_heads": 8}])
+def test_tensor_cores_serve_one_head_of_one_token_tensor(monkeypatch, sizes):
+    assert tensor_core_reason(monkeypatch, **sizes) == "serves one head of tokens that are key and value"
