@@ -599,11 +599,13 @@ def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), arch
     with FakeTensorMode():
 
         def new(*shape):
-            return torch.empty(1, *shape, sizes["width"], dtype=sizes["dtype"], device="cuda")
+            return torch.empty(1, *shape, sizes["width"], dtype=sizes["dtype"], device=torch.device("cuda", 0))
 
         query, tokens = new(sizes["heads"], sizes["joints"]), new(sizes["key_heads"], 5)
         value = tokens if sizes["one"] else new(sizes["key_heads"], 5)
         tensors = (query, new(5)) if op == "guide_patches" else (query, tokens, value)
+        if op == "pose_guided_attention":
+            tensors = (*tensors, query, tokens)
         reasons = {status.name: status.why_not for status in ops.explain(op, *tensors)}
     _dispatch._not_hopper.cache_clear()
     return reasons["cuda"]
@@ -622,9 +624,16 @@ def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), arch
         ({"architectures": "sm_80"}, "needs a build for sm_90a, got one for sm_80"),
     ],
 )
-@pytest.mark.parametrize("op", ["attend_patches", "guide_patches"])
+@pytest.mark.parametrize("op", ["attend_patches", "guide_patches", "pose_guided_attention"])
 def test_tensor_cores_say_what_they_do_not_serve(monkeypatch, op, sizes, expected):
+    if op == "pose_guided_attention" and sizes.get("dtype") == torch.float32:
+        expected = None  # in plain arithmetic
     assert tensor_core_reason(monkeypatch, op, **sizes) == expected
+
+
+def test_pose_guided_attention_in_half_precision_is_for_tensor_cores(monkeypatch):
+    expected = "serves one token tensor that is key, value and patches in half precision"
+    assert tensor_core_reason(monkeypatch, "pose_guided_attention", one=False) == expected
 
 
 @pytest.mark.parametrize("sizes", [{"one": False}, {"key_heads": 8}])

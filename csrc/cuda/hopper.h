@@ -1,7 +1,7 @@
 // What kernels for Hopper (sm_90a) are made of: tiles in swizzled shared memory, copies into them, warpgroup barriers.
 // For .cu files only.
 //
-// A tile is stored in columns of 64 elements: [rows][64] of two bytes each, 128 bytes a row, one column after the other.
+// A tile is stored in columns of 64 elements: [rows][64] of two bytes each, 128 bytes a row, column after column.
 // Eight rows are 1024 bytes, in which the 16-byte units of row i lie in the order unit ^ i: eight threads that read one
 // unit of eight rows, or eight units of one row, meet eight different groups of banks.
 #pragma once
@@ -75,7 +75,8 @@ __device__ void wgmma_wait() {
 // Names an operand of a product that starts at `pointer`: groups of eight rows are 1024 bytes apart, swizzled over 128.
 __device__ inline uint64_t operand(const void* pointer) {
   constexpr uint64_t kUnused = 1, kSwizzle128 = 1;
-  return (shared_address(pointer) & 0x3ffff) >> 4 | kUnused << 16 | static_cast<uint64_t>(kSwizzleBytes >> 4) << 32 | kSwizzle128 << 62;
+  return (shared_address(pointer) & 0x3ffff) >> 4 | kUnused << 16 |
+         static_cast<uint64_t>(kSwizzleBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
 // Stores kMatrices 8 × 8 matrices of two-byte elements transposed. Registers hold them as a product leaves them, one

@@ -326,7 +326,8 @@ __device__ void store_share(const Launch& launch, int64_t sample, int share, con
 
 // Block share + shares · sample.
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(kThreads, resident_blocks(kColumns)) gather_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(kColumns))
+    gather_kernel(const __grid_constant__ Launch launch) {
   const TensorAttention& params = launch.params;
   const int share = blockIdx.x % launch.shares;
   const int64_t sample = blockIdx.x / launch.shares;
@@ -593,7 +594,8 @@ __device__ void store_attention(const TensorAttention& params, int64_t sample, i
 
 // Block share + shares · sample; tile first + 2 · turn of the share.
 template <typename T, int kColumns, bool kUpdate>
-__global__ void __launch_bounds__(kThreads, kUpdate ? 1 : resident_blocks(kColumns)) scatter_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, kUpdate ? 1 : resident_blocks(kColumns))
+    scatter_kernel(const __grid_constant__ Launch launch) {
   const TensorAttention& params = launch.params;
   const int share = blockIdx.x % launch.scatter_shares;
   const int64_t sample = blockIdx.x / launch.scatter_shares;
@@ -710,7 +712,8 @@ bool tensor_attention_serves(const TensorAttention& params) {
   return (params.dtype == kFloat16 || params.dtype == kBFloat16) && params.rows <= kTensorRows &&
          params.width <= kTensorWidth && params.width % kUnit == 0 && params.tokens_batch_stride % kUnit == 0 &&
          params.tokens_patch_stride % kUnit == 0 && aligned(params.query) && aligned(params.tokens) &&
-         aligned(params.pose_value) && aligned(params.context) && aligned(params.patches_out) && scatter_bytes(params) <= kSharedLimit && on_hopper();
+         aligned(params.pose_value) && aligned(params.context) && aligned(params.patches_out) &&
+         scatter_bytes(params) <= kSharedLimit && on_hopper();
 }
 
 int64_t tensor_attention_workspace(const TensorAttention& params) {

@@ -1,5 +1,5 @@
 // Launcher of attention on Hopper's tensor cores, for one token tensor that is key and value of all heads (and, with a
-// pose value, the patches that are updated). Plain structs, no torch: the caller owns every buffer and knows every size.
+// pose value, the patches that are updated). Plain structs, no torch: the caller owns every buffer, knows every size.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -173,7 +173,8 @@ cudaError_t launch_width(const Plan& plan) {
 }
 
 bool served(const PatchRows& rows) {
-  return rows.data == nullptr || (aligned(rows.data) && rows.batch_stride % kUnit == 0 && rows.patch_stride % kUnit == 0);
+  const bool in_units = rows.batch_stride % kUnit == 0 && rows.patch_stride % kUnit == 0;
+  return rows.data == nullptr || (aligned(rows.data) && in_units);
 }
 
 }  // namespace

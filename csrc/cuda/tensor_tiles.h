@@ -1,5 +1,5 @@
-// What the kernels of attention on Hopper's tensor cores share: tiles of 64 patches on the 64 side of a product, up to 144
-// rows in two halves of 72 on its N side. For .cu files only.
+// What the kernels of attention on Hopper's tensor cores share: tiles of 64 patches on the 64 side of a product, up to
+// 144 rows in two halves of 72 on its N side. For .cu files only.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -43,8 +43,8 @@ __device__ inline char* aligned_shared_memory() {
   return start + (kSwizzleBytes - shared_address(start) % kSwizzleBytes) % kSwizzleBytes;
 }
 
-// Copies kEntries rows of up to 64·kColumns elements into columns, kCopiers threads together. Each thread has one place in
-// a row of 128 bytes and every kCopiers / 8-th row, so that all but the first address is a constant away.
+// Copies kEntries rows of up to 64·kColumns elements into columns, kCopiers threads together. Each thread has one place
+// in a row of 128 bytes and every kCopiers / 8-th row, so that all but the first address is a constant away.
 template <typename T, int kColumns, int kEntries, int kCopiers>
 class TileCopier {
  public:
@@ -142,8 +142,8 @@ inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(po
 inline int columns_of(int32_t width) { return static_cast<int>(ceil_div(width, kColumn)); }
 inline int64_t tiles_of(int32_t patches) { return ceil_div(patches, kTile); }
 
-// Blocks for one sample: fewest tiles one after the other, where a multiprocessor holds `resident` blocks, each of which
-// costs `overhead` tiles beside its own.
+// Blocks for one sample: fewest tiles one after the other, where a multiprocessor holds `resident` blocks, each of
+// which costs `overhead` tiles beside its own.
 inline int32_t choose_shares(int32_t patches, int32_t batch, int32_t resident, int64_t overhead) {
   constexpr int64_t kMaxShares = 64;
   int device = 0, multiprocessors = 1;

@@ -103,7 +103,8 @@ void store_transposed(void* row, const uint32_t (&matrix)[kMatrices]) {
   for (int m = 0; m < kMatrices; ++m)
     for (int side = 0; side < 2; ++side) {
       const int column = 8 * m + block.lane() % 4 * 2 + side;
-      char* target = block.exchange(0xffffffffu, static_cast<char*>(row), 0, [&](auto handed) { return handed(column); });
+      const auto of_column = [&](auto handed) { return handed(column); };
+      char* target = block.exchange(0xffffffffu, static_cast<char*>(row), 0, of_column);
       const uint16_t bits = static_cast<uint16_t>(side ? matrix[m] >> 16 : matrix[m]);
       std::memcpy(target + block.lane() / 4 * 2, &bits, sizeof(bits));
     }
