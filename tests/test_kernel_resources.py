@@ -264,3 +264,15 @@ def test_interpreted_kernels_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         aot_triton.compiled(None, 90)
+
+
+def test_sources_for_hopper_alone_are_those_of_the_build():
+    [line] = re.findall(r"^HOPPER_SOURCES = (\(.*?\))", (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert line == str(kernel_resources.HOPPER_SOURCES).replace("'", '"')
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", kernel_resources.HOPPER_SOURCES)
+def test_a_build_without_hopper_has_no_kernels_for_it(name):
+    source = ROOT / "csrc" / "cuda" / name
+    assert cubin.read(kernel_resources.nvcc_cubin(source, "sm_80", "-DLIFTBYIMAGE_WITHOUT_SM90A")) == []
