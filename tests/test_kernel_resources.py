@@ -64,9 +64,13 @@ def test_triton_kernels_fit(kernels: list[Kernel]) -> None:
     assert {kernel.use.split(".")[0] for kernel in found} == {
         "attend_patches",
         "attend_tokens",
+        "joint_queries",
         "pose_guided_attention",
         "prune_patches",
+        "residual_attention",
+        "residual_feed_forward",
         "sample_context",
+        "update_joints",
     }
     assert {kernel.source for kernel in found} == {source for source in EXPECTED if source.startswith("kernels/")}
     assert [text for kernel in found for text in problems(kernel)] == []
