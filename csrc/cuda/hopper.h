@@ -53,13 +53,9 @@ __device__ void wait_for_copies() {
 // Tensor cores read shared memory by a path of their own: what this thread wrote becomes visible there.
 __device__ inline void publish_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Named barriers, beside barrier 0 of __syncthreads.
+// A named barrier, beside barrier 0 of __syncthreads.
 __device__ inline void wait_at_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ inline void arrive_at_barrier(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Before the first product that uses registers which the threads have written.

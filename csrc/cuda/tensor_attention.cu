@@ -66,7 +66,7 @@ struct Launch {
   int32_t scatter_tiles;    // of one share
   int32_t result_bytes;     // of a warpgroup of `scatter`
   float* shift;             // [batch, kTensorRows], powers of 2
-  float* log_total;         // [batch, kTensorRows], powers of 2; +inf beyond `rows`
+  float* log_total;         // [batch, kTensorRows], powers of 2
   float* share_shift;       // [shares, batch, kTensorRows]
   float* share_total;       // [shares, batch, kTensorRows]
   float* share_context;     // [shares, batch, 2, columns, kBlocks, 128, 4], as registers lie

@@ -100,7 +100,6 @@ class Block {
 
   // A named barrier of `threads`, whose threads may stand at different lines.
   void sync_named(int barrier, int threads) { wait(named(barrier, threads), 0); }
-  void arrive_named(int barrier, int threads) { arrive(named(barrier, threads), 0); }
 
   // Every lane of the warp hands in a value; read(lane) then gives what that lane handed in.
   template <typename T, typename Read>

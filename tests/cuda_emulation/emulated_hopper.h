@@ -34,7 +34,6 @@ template <int kPending = 0>
 void wgmma_wait() {}
 
 inline void wait_at_barrier(int barrier, int threads) { emulate::Block::current()->sync_named(barrier, threads); }
-inline void arrive_at_barrier(int barrier, int threads) { emulate::Block::current()->arrive_named(barrier, threads); }
 
 inline uint64_t operand(const void* pointer) { return shared_address(pointer) >> 4; }
 
