@@ -32,54 +32,16 @@ still rounds by more than float32 gradients may: there the backward recomputes Î
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import COMPILER, on_device, padded, product, resident, tile
+from ._attention_plans import Plan, Shape, Work, chosen
+from ._common import on_device, product, resident, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
-Stage = Literal["one_product", "row_gradients", "token_gradients"]
 RUNTIME_SIZES = ["groups", "group_rows", "num_patches", "scale"]
-
-
-class Plan(NamedTuple):
-    """Tile sizes and launch options of one kernel for one dtype and set of widths."""
-
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    out_limit: int
-
-    def parts(self, width: int) -> int:
-        """Programs that share a result of this width."""
-        return triton.cdiv(width, self.out_limit)
-
-
-def plan(dtype: torch.dtype, group_rows: int, widths: tuple[int, int, int], stage: Stage) -> Plan:
-    """Tiles for widths (E, F, D) that fit 163 KiB of shared memory and the registers without spills."""
-    exact, widest = dtype == torch.float32, max(widths)
-    tokens = stage == "token_gradients"
-    if exact:  # the FMA pipes: operands pass through registers, so contractions must be short
-        block_p, most_rows, out_limit, chunk = 32, 16, 128, 32
-    elif tokens and widest > 128:  # up to two accumulators
-        block_p, most_rows, out_limit, chunk = 64, 16, 128, 64
-    else:
-        block_p, most_rows, out_limit, chunk = 64, 32, 256, 64
-    whole = not exact and widest <= (256 if stage == "one_product" else 128)
-    e, f, d = widths
-    constants = {
-        "E": e, "F": f, "D": d,
-        "BLOCK_P": block_p, "BLOCK_R": padded(group_rows, most_rows),
-        "BLOCK_E": padded(e, out_limit), "BLOCK_F": padded(f, out_limit), "BLOCK_D": padded(d, out_limit),
-        "CHUNK": chunk, "WHOLE": whole, "PRECISION": "ieee" if exact else "tf32",
-    }  # fmt: skip
-    options = {"num_warps": 4 if widest <= 64 and not tokens else 8, "num_stages": 2 if stage == "one_product" else 1}
-    if exact or stage == "one_product":  # or ptxas spills a few values for the sake of occupancy
-        options["maxnreg"] = 255
-    return Plan(constants, options | COMPILER, out_limit)
 
 
 @triton.jit
@@ -572,21 +534,26 @@ def forward(
     attention = query.new_empty((batch, num_patches, rows) if need_attention else (0,))
     patches_out = query.new_empty((batch, num_patches, model_width) if updates else (0,))
     if batch:
-        work = plan(query.dtype, rows // groups, (key_width, value_width, model_width), "one_product")
+        work = Work(query.dtype, rows // groups, (key_width, value_width, model_width), value is None)
         sizes = (groups, rows // groups, num_patches, scale)
-        row_programs = batch * groups * triton.cdiv(rows // groups, work.constants["BLOCK_R"])
-        patch_programs = batch * triton.cdiv(num_patches, work.constants["BLOCK_P"])
-        with on_device(query):
-            gather_kernel[(row_programs * work.parts(value_width),)](
-                query, key, value, context, lse, largest, total, *sizes, **work.constants, **work.options
+
+        def launch(plan: Plan) -> None:
+            row_programs = batch * groups * triton.cdiv(rows // groups, plan.tiles.block_r)
+            patch_programs = batch * triton.cdiv(num_patches, plan.tiles.block_p)
+            gather_kernel[(row_programs * plan.parts(value_width),)](
+                query, key, value, context, lse, largest, total, *sizes, **plan.constants, **plan.options
             )
             if need_importance or need_attention or updates:
-                scatter_kernel[(patch_programs * work.parts(model_width),)](
+                scatter_kernel[(patch_programs * plan.parts(model_width),)](
                     query, key, largest, total, pose_value, key if patches_is_key else patches,
                     importance if need_importance else None,
                     attention if need_attention else None, patches_out if updates else None,
-                    *sizes, **work.constants, PATCHES_IS_KEY=patches_is_key, **work.options,
+                    *sizes, **plan.constants, PATCHES_IS_KEY=patches_is_key, **plan.options,
                 )  # fmt: skip
+
+        with on_device(query):
+            shape = Shape(batch, groups, num_patches, (need_importance, need_attention, updates, patches_is_key))
+            launch(chosen("forward", work, shape, query, launch))
     if need_attention:
         attention = attention.transpose(1, 2).unflatten(1, (heads, joints))
     return context, importance, attention, patches_out, lse
@@ -630,32 +597,42 @@ def backward(
     grad_key = torch.empty_like(key) if need_token_grads else key.new_empty(0)
     grad_value = key.new_empty(0) if value is None or not need_token_grads else torch.empty_like(value)
     if batch:
-        widths = (key_width, value_width, model_width)
-        statistics = plan(query.dtype, rows // groups, widths, "one_product")
-        by_rows = plan(query.dtype, rows // groups, widths, "row_gradients")
-        by_tokens = plan(query.dtype, rows // groups, widths, "token_gradients")
+        work = Work(query.dtype, rows // groups, (key_width, value_width, model_width), value is None)
         sizes = (groups, rows // groups, num_patches, scale)
-        row_programs = batch * groups * triton.cdiv(rows // groups, by_rows.constants["BLOCK_R"])
-        patch_programs = batch * groups * triton.cdiv(num_patches, by_tokens.constants["BLOCK_P"])
-        model_parts = 1 if grad_patches is None else statistics.parts(model_width)
-        token_parts = by_tokens.parts(key_width if value is None else max(key_width, value_width))
         incoming = (grad_context, grad_patches, grad_importance, grad_attention)
-        delta = query.new_empty(batch * rows, model_parts, dtype=torch.float32)
         weight = torch.empty_like(lse) if query.dtype == torch.float32 else None
-        with on_device(query):
-            row_statistics_kernel[(row_programs * model_parts,)](
+
+        def row_programs(plan: Plan) -> int:
+            return batch * groups * int(triton.cdiv(rows // groups, plan.tiles.block_r))
+
+        def row_statistics(plan: Plan) -> Tensor:
+            parts = 1 if grad_patches is None else plan.parts(model_width)
+            delta = query.new_empty(batch * rows, parts, dtype=torch.float32)
+            row_statistics_kernel[(row_programs(plan) * parts,)](
                 query, key, pose_value, context, lse, *incoming,
-                delta, weight, grad_pose_value, *sizes, **statistics.constants, **statistics.options,
+                delta, weight, grad_pose_value, *sizes, **plan.constants, **plan.options,
             )  # fmt: skip
-            delta = delta.sum(1) if model_parts > 1 else delta
-            row_gradients_kernel[(row_programs * by_rows.parts(key_width),)](
+            return delta.sum(1) if parts > 1 else delta
+
+        def row_gradients(plan: Plan) -> None:
+            row_gradients_kernel[(row_programs(plan) * plan.parts(key_width),)](
                 query, key, value, pose_value, lse, delta, weight, *incoming,
-                grad_query, *sizes, **by_rows.constants, **by_rows.options,
+                grad_query, *sizes, **plan.constants, **plan.options,
             )  # fmt: skip
+
+        def token_gradients(plan: Plan) -> None:
+            patch_programs = batch * groups * triton.cdiv(num_patches, plan.tiles.block_p)
+            parts = plan.parts(key_width if value is None else max(key_width, value_width))
+            token_gradients_kernel[(patch_programs * parts,)](
+                query, key, value, pose_value, lse, delta, weight, *incoming,
+                grad_key, None if value is None else grad_value,
+                *sizes, **plan.constants, PATCHES_IS_KEY=patches_is_key, **plan.options,
+            )  # fmt: skip
+
+        with on_device(query):
+            shape = Shape(batch, groups, num_patches, (*(grad is None for grad in incoming), patches_is_key))
+            delta = row_statistics(chosen("row_statistics", work, shape, query, row_statistics))
+            row_gradients(chosen("row_gradients", work, shape, query, row_gradients))
             if need_token_grads:
-                token_gradients_kernel[(patch_programs * token_parts,)](
-                    query, key, value, pose_value, lse, delta, weight, *incoming,
-                    grad_key, None if value is None else grad_value,
-                    *sizes, **by_tokens.constants, PATCHES_IS_KEY=patches_is_key, **by_tokens.options,
-                )  # fmt: skip
+                token_gradients(chosen("token_gradients", work, shape, query, token_gradients))
     return grad_query, grad_key, grad_value, grad_pose_value

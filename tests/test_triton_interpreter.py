@@ -50,6 +50,33 @@ def oracle(query, key, value, pose_value, patches, scale):
     ],
 )
 def test_tiles_and_splits_against_float64(poisoned, dtype, groups, num_patches, widths):
+    check_pose_guided_attention(dtype, groups, num_patches, widths)
+
+
+@pytest.mark.parametrize("kibibytes, widths", [(48, (130, 140, 150)), (16, (40, 70, 24))])
+def test_tiles_of_a_small_shared_memory_against_float64(poisoned, monkeypatch, kibibytes, widths):
+    plans, resources = kernels("_attention_plans"), kernels("_resources")
+    limits = resources.Device(kibibytes * 1024, warp_groups=True)
+    monkeypatch.setattr(plans, "device_of", lambda tensor: limits)
+    work = plans.Work(torch.float16, 38, widths, False)
+    assert plans.fitting("forward", work, limits)[0] != plans.candidates("forward", work)[0]
+    check_pose_guided_attention(torch.float16, 1, 70, widths)
+
+
+@pytest.mark.parametrize(
+    "dtype, number", [(torch.float32, 1), (torch.float32, 2), *((torch.float16, number) for number in range(1, 8))]
+)
+def test_every_candidate_against_float64(poisoned, monkeypatch, dtype, number):
+    def choose(stage, work, *_):
+        found = kernels("_attention_plans").candidates(stage, work)
+        return found[min(number, len(found) - 1)]
+
+    monkeypatch.setattr(kernels("_attention"), "chosen", choose)
+    check_pose_guided_attention(dtype, 2, 70, (70, 40, 66))
+
+
+def check_pose_guided_attention(dtype, groups, num_patches, widths):
+    """Forward and backward, on 38 rows."""
     generator = torch.Generator().manual_seed(0)
     e, f, d = widths
 
