@@ -137,7 +137,7 @@ def _registers(stage: Stage, plan: Plan, work: Work) -> int:
 
 
 def _shared_bytes(stage: Stage, plan: Plan, work: Work, device: Device) -> int:
-    size = work.dtype.itemsize
+    size = work.dtype.itemsize if device.tensor_cores else torch.float32.itemsize
     return max(
         shared_bytes(kernel, plan.tiles, size, work.value_is_key, device.warp_groups) for kernel in KERNELS[stage]
     )

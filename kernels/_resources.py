@@ -32,6 +32,7 @@ class Device(NamedTuple):
 
     shared: int  # bytes that one block may have
     warp_groups: bool  # products still read a tile while the next is loaded: one buffer more (Hopper, B200)
+    tensor_cores: bool = True  # False: products in float32, for which half precision is widened (before Ampere)
 
 
 # For tensors on no GPU (interpreted, or compiled ahead of time): the memory of an A100 and the buffers of an H100.
@@ -62,11 +63,11 @@ def device_of(tensor: Tensor) -> Device:
 def _device(index: int) -> Device:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     major, _ = torch.cuda.get_device_capability(index)
-    return Device(properties["max_shared_mem"], warp_groups=major in (9, 10, 11))
+    return Device(properties["max_shared_mem"], warp_groups=major in (9, 10, 11), tensor_cores=major >= 8)
 
 
 def shared_bytes(kernel: Kernel, tiles: Tiles, itemsize: int, value_is_key: bool, warp_groups: bool) -> int:
-    """Upper bound of the bytes of one block; `itemsize` is that of the tensors."""
+    """Upper bound of the bytes of one block; `itemsize` is that of operands of products."""
     p, r = tiles.block_p, tiles.block_r
     buffers = max(1, tiles.num_stages if warp_groups else tiles.num_stages - 1)
     held, streamed = _whole_operands(kernel, tiles, value_is_key)

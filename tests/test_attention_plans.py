@@ -15,7 +15,6 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).resolve().parent
-SHARED = {"T4": 64, "GeForce": 99, "A100": 163, "H100": 227}  # KiB per block
 SHAPE = (4, 1, 3072, ())
 
 
@@ -79,9 +78,10 @@ def test_the_preferred_plan_of_the_default_widths(plans):
 
 def test_a_small_gpu_gets_smaller_tiles(plans):
     work = plans.Work(torch.float16, 136, (256, 256, 256), True)
-    on_t4 = plans.fitting("forward", work, device(SHARED["T4"]))[0]
-    assert on_t4 != plans.candidates("forward", work)[0]
-    assert not on_t4.tiles.whole
+    t4 = device(64)._replace(tensor_cores=False)
+    on_t4 = {stage: plans.fitting(stage, work, t4)[0] for stage in plans.KERNELS}
+    assert on_t4["forward"] != plans.candidates("forward", work)[0]
+    assert not any(plan.tiles.whole for plan in on_t4.values())
 
 
 @pytest.mark.parametrize("warp_groups", [False, True])
@@ -89,6 +89,7 @@ def test_some_plan_fits_48_kib(plans, warp_groups):
     for stage in plans.KERNELS:
         for work in works(plans):
             assert plans.fitting(stage, work, device(48, warp_groups))
+            assert plans.fitting(stage, work, device(48, warp_groups)._replace(tensor_cores=False))
 
 
 def test_without_a_plan_that_fits_the_error_says_what_is_needed(plans):
@@ -232,4 +233,4 @@ def test_the_limits_are_those_of_the_device(monkeypatch):
         ((12, 0), False),
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
-        assert resources._device.__wrapped__(3) == (1003, warp_groups)
+        assert resources._device.__wrapped__(3) == (1003, warp_groups, capability >= (8, 0))
