@@ -89,10 +89,11 @@ def candidates(stage: Stage, work: Work) -> list[Plan]:
             chunked,
             chunked._replace(block_r=16, out=128),
             Limits(32, 16, 64, 32, False, 4, 1),
-            preferred._replace(num_stages=preferred.num_stages + 1),
             preferred._replace(block_r=2 * preferred.block_r),
             preferred._replace(block_p=2 * preferred.block_p),
         ]
+        if preferred.num_stages > 1:
+            others.append(preferred._replace(num_stages=preferred.num_stages + 1))
     distinct: dict[Tiles, Plan] = {}
     for limits in (preferred, *others):
         distinct.setdefault(limits.tiles(work), _plan(stage, work, limits))
