@@ -18,21 +18,23 @@ def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def _layout(dims: str) -> str:
+    return "[" + ", ".join(dims.split()) + "]"
+
+
 def check_tensor(op: str, argument: str, value: object, dims: str) -> None:
     """`value` is a floating-point tensor of as many dimensions as `dims` ("B H J E") has names."""
-    layout = "[" + ", ".join(dims.split()) + "]"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {argument} must be a tensor {layout}, got {type(value).__name__}")
+        raise TypeError(f"{op}: {argument} must be a tensor {_layout(dims)}, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{op}: {argument} must be float32, float16, bfloat16 or float64, got {value.dtype}")
     if value.dim() != len(dims.split()):
-        raise ValueError(f"{op}: {argument} must have shape {layout}, got {shape_of(value)}")
+        raise ValueError(f"{op}: {argument} must have shape {_layout(dims)}, got {shape_of(value)}")
 
 
 def check_sizes(op: str, argument: str, value: Tensor, expected: tuple[int, ...], dims: str) -> None:
-    if tuple(value.shape) != expected:
-        layout = "[" + ", ".join(dims.split()) + "]"
-        raise ValueError(f"{op}: {argument} must have shape {layout} = {list(expected)}, got {shape_of(value)}")
+    if value.shape != expected:
+        raise ValueError(f"{op}: {argument} must have shape {_layout(dims)} = {list(expected)}, got {shape_of(value)}")
 
 
 def check_same_device(op: str, first: str, tensors: Mapping[str, Tensor]) -> None:
@@ -57,8 +59,9 @@ def check_dtype(owner: str, argument: str, value: Any, whose: str, dtype: torch.
 
 def check_positive(op: str, argument: str, tensor: Tensor, dims: str, *names: str) -> None:
     """The named dimensions of `tensor` are at least 1 (the batch alone may be empty)."""
-    for name, size in zip(dims.split(), tensor.shape, strict=True):
-        if name in names and size < 1:
+    sizes = tensor.shape
+    for dim, name in enumerate(dims.split()):
+        if name in names and sizes[dim] < 1:
             raise ValueError(f"{op}: {argument} must have {name} >= 1, got {shape_of(tensor)}")
 
 
@@ -104,16 +107,14 @@ def check_attention(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Shapes, dtypes and devices that `attend_patches` and `pose_guided_attention` share."""
     check_tensor(op, "query", query, "B H J E")
     check_tensor(op, "key", key, "B Hk P E")
-    check_tensor(op, "value", value, "B Hk P F")
     check_positive(op, "query", query, "B H J E", "H", "J", "E")
     check_positive(op, "key", key, "B Hk P E", "P")
-    check_positive(op, "value", value, "B Hk P F", "F")
     batch, heads, _, width = query.shape
-    if key.shape[1] not in (1, heads):
-        raise ValueError(f"{op}: key must have Hk = 1 or Hk = H = {heads} heads, got {key.shape[1]}")
-    key_sizes = (batch, key.shape[1], key.shape[2], width)
-    check_sizes(op, "key", key, key_sizes, "B Hk P E")
-    check_sizes(op, "value", value, (*key_sizes[:3], value.shape[3]), "B Hk P F")
-    tensors = {"query": query, "key": key, "value": value}
-    check_same_device(op, "query", tensors)
-    check_same_dtype(op, "query", tensors)
+    groups, patches = key.shape[1:3]
+    if groups not in (1, heads):
+        raise ValueError(f"{op}: key must have Hk = 1 or Hk = H = {heads} heads, got {groups}")
+    check_like(op, "query", query, "key", key, (batch, groups, patches, width), "B Hk P E")
+    if value is not key:
+        check_tensor(op, "value", value, "B Hk P F")
+        check_positive(op, "value", value, "B Hk P F", "F")
+        check_like(op, "query", query, "value", value, (batch, groups, patches, value.shape[3]), "B Hk P F")

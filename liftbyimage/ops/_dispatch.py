@@ -52,9 +52,9 @@ def select(op: str, backends: Sequence[Backend], requested: str | None, *tensors
         ValueError: the requested name is unknown, or that backend cannot serve these arguments.
     """
     demanded = requested if requested is not None else demanded_backend()
-    origin = f" (demanded by {ENVIRONMENT_VARIABLE})" if requested is None else ""
     if demanded is None:
         return next(backend for backend in backends if backend.why_not(*tensors) is None)
+    origin = f" (demanded by {ENVIRONMENT_VARIABLE})" if requested is None else ""
     names = [backend.name for backend in backends]
     if demanded not in names:
         raise ValueError(f"{op}: backend must be one of {', '.join(names)}, got {demanded!r}{origin}")
@@ -76,7 +76,11 @@ def has_kernel(backends: Sequence[Backend], *tensors: Tensor) -> bool:
 
 def needs_graph(inputs: Sequence[Tensor | None]) -> bool:
     """Whether autograd records a call with these inputs; without, its Function need not be entered."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    if torch.is_grad_enabled():
+        for tensor in inputs:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def never(*tensors: Tensor) -> str | None:
@@ -87,7 +91,7 @@ def never(*tensors: Tensor) -> str | None:
 def why_not_cpu(*tensors: Tensor) -> str | None:
     if _extension.CPU_MISSING is not None:
         return _extension.CPU_MISSING
-    if tensors[0].device.type != "cpu":
+    if not tensors[0].is_cpu:
         return f"serves CPU tensors, got {tensors[0].device.type}"
     return None
 
@@ -128,7 +132,7 @@ def why_not_cuda(*tensors: Tensor) -> str | None:
 def why_not_cuda_of_any_width(*tensors: Tensor) -> str | None:
     if _extension.CUDA_MISSING is not None:
         return _extension.CUDA_MISSING
-    if tensors[0].device.type != "cuda":
+    if not tensors[0].is_cuda:
         return f"serves CUDA tensors, got {tensors[0].device.type}"
     return _gpu_dtype(*tensors)
 
@@ -161,8 +165,9 @@ def _not_hopper(device: torch.device) -> str | None:
 
 
 def _gpu_dtype(*tensors: Tensor) -> str | None:
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "serves float32, float16 and bfloat16, got float64"
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return "serves float32, float16 and bfloat16, got float64"
     return None
 
 

@@ -19,14 +19,7 @@ import torch
 from torch import Tensor
 
 from liftbyimage.ops import _tensor_cores
-from liftbyimage.ops._checks import (
-    check_positive,
-    check_same_device,
-    check_same_dtype,
-    check_scale,
-    check_sizes,
-    check_tensor,
-)
+from liftbyimage.ops._checks import check_like, check_positive, check_scale, check_tensor
 from liftbyimage.ops._dispatch import (
     Backend,
     autocast,
@@ -57,10 +50,8 @@ def _check(query: Tensor, channels: Tensor) -> None:
     check_tensor(OP, "channels", channels, "B P W")
     check_positive(OP, "query", query, "B H J W", "H", "J", "W")
     check_positive(OP, "channels", channels, "B P W", "P")
-    check_sizes(OP, "channels", channels, (query.shape[0], channels.shape[1], query.shape[3]), "B P W")
-    tensors = {"query": query, "channels": channels}
-    check_same_device(OP, "query", tensors)
-    check_same_dtype(OP, "query", tensors)
+    sizes = (query.shape[0], channels.shape[1], query.shape[3])
+    check_like(OP, "query", query, "channels", channels, sizes, "B P W")
 
 
 def reference(query: Tensor, channels: Tensor, *, scale: float | None = None) -> GuidedPatches:

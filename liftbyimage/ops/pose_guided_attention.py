@@ -20,15 +20,7 @@ import torch
 from torch import Tensor
 
 from liftbyimage.ops import _tensor_cores
-from liftbyimage.ops._checks import (
-    check_attention,
-    check_positive,
-    check_same_device,
-    check_same_dtype,
-    check_scale,
-    check_sizes,
-    check_tensor,
-)
+from liftbyimage.ops._checks import check_attention, check_like, check_positive, check_scale, check_tensor
 from liftbyimage.ops._dispatch import (
     Backend,
     autocast,
@@ -58,19 +50,15 @@ class PoseGuidedAttention(NamedTuple):
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pose_value: Tensor, patches: Tensor) -> None:
     check_attention(OP, query, key, value)
-    check_tensor(OP, "pose_value", pose_value, "B H J D")
+    batch, heads, joints, _ = query.shape
     if patches is key:
         if key.shape[1] != 1:
             raise ValueError(f"{OP}: patches may be key itself only where Hk = 1, got Hk = {key.shape[1]}")
-        patches = key[:, 0]
-    check_tensor(OP, "patches", patches, "B P D")
-    check_positive(OP, "patches", patches, "B P D", "D")
-    batch, heads, joints, _ = query.shape
-    check_sizes(OP, "pose_value", pose_value, (batch, heads, joints, patches.shape[2]), "B H J D")
-    check_sizes(OP, "patches", patches, (batch, key.shape[2], patches.shape[2]), "B P D")
-    tensors = {"query": query, "pose_value": pose_value, "patches": patches}
-    check_same_device(OP, "query", tensors)
-    check_same_dtype(OP, "query", tensors)
+    else:
+        check_tensor(OP, "patches", patches, "B P D")
+        check_positive(OP, "patches", patches, "B P D", "D")
+        check_like(OP, "query", query, "patches", patches, (batch, key.shape[2], patches.shape[2]), "B P D")
+    check_like(OP, "query", query, "pose_value", pose_value, (batch, heads, joints, patches.shape[-1]), "B H J D")
 
 
 def reference(

@@ -55,7 +55,7 @@ def _check(patches: Tensor, importance: Tensor, keep: int) -> None:
     check_tensor(OP, "patches", patches, "B P D")
     check_tensor(OP, "importance", importance, "B P")
     check_positive(OP, "patches", patches, "B P D", "P", "D")
-    check_sizes(OP, "importance", importance, tuple(patches.shape[:2]), "B P")
+    check_sizes(OP, "importance", importance, patches.shape[:2], "B P")
     check_same_device(OP, "patches", {"patches": patches, "importance": importance})
     if isinstance(keep, bool) or not isinstance(keep, (int, torch.SymInt)):
         raise TypeError(f"{OP}: keep must be an int, got {type(keep).__name__}")
