@@ -3,12 +3,14 @@
 // sentences; the checks here keep a direct call of a raw op from reading out of bounds.
 
 #include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -69,8 +71,33 @@ void check(const Tensor& tensor, const Sizes& expected, ScalarType dtype, const 
                   " must be on the CUDA device of the first argument");
 }
 
+void check_shim(AOTITorchError error) { STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a call of torch failed"); }
+
+int32_t shim_dtype(const Tensor& like, std::optional<ScalarType> dtype) {
+  if (dtype == ScalarType::Float) return aoti_torch_dtype_float32();
+  if (dtype == ScalarType::Long) return aoti_torch_dtype_int64();
+  STD_TORCH_CHECK(!dtype.has_value(), "new tensors are float32, int64 or like another");
+  int32_t code = 0;
+  check_shim(aoti_torch_get_dtype(like.get(), &code));
+  return code;
+}
+
+// By the shim, because torch::stable::new_empty finds its op by name and boxes the arguments at each call.
 Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  Sizes strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim > 1; --dim)
+    strides[dim - 2] = strides[dim - 1] * std::max<int64_t>(sizes[dim - 1], 1);
+  int32_t device_type = 0;
+  check_shim(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                      shim_dtype(like, dtype), device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// Asks torch only where there is something to copy.
+Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // A patch-side tensor is used in place as long as its width is contiguous.
@@ -95,9 +122,9 @@ struct Attention {
 
   Attention(const Tensor& query_in, const Tensor& key_in, const OptionalTensor& value_in, const Tensor& pose_value_in,
             double scale)
-      : query(torch::stable::contiguous(query_in)),
+      : query(packed(query_in)),
         key(width_contiguous(key_in)),
-        pose_value(torch::stable::contiguous(pose_value_in)) {
+        pose_value(packed(pose_value_in)) {
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && pose_value.dim() == 4,
                     "query, key and pose_value must have 4 dimensions");
     const ScalarType dtype = query.scalar_type();
@@ -146,18 +173,21 @@ struct Attention {
   }
 };
 
-// Copied where the rows of a tensor [B, P, width] do not start at multiples of 16 bytes.
+// Copied where the rows of a tensor [B, P, width] or [B, 1, P, width] do not start at multiples of 16 bytes.
 Tensor aligned_rows(const Tensor& tensor) {
-  const int64_t size = static_cast<int64_t>(tensor.element_size());
-  const bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 && tensor.stride(2) == 1 &&
-                       tensor.stride(0) * size % 16 == 0 && tensor.stride(1) * size % 16 == 0;
+  const int64_t size = static_cast<int64_t>(tensor.element_size()), last = tensor.dim() - 1;
+  const bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0 && tensor.stride(last) == 1 &&
+                       tensor.stride(0) * size % 16 == 0 && tensor.stride(last - 1) * size % 16 == 0;
   if (aligned) return tensor;
-  Tensor copy = empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
+  Sizes sizes;
+  for (int64_t dim = 0; dim <= last; ++dim) sizes.push_back(tensor.size(dim));
+  Tensor copy = empty(tensor, sizes);
   torch::stable::copy_(copy, tensor);
   return copy;
 }
 
-// One token tensor [B, P, width] that is key and value of all heads, and the buffers of its attention.
+// One token tensor [B, P, width] or [B, 1, P, width] that is key and value of all heads, and the buffers of its
+// attention.
 struct SharedTokens {
   Tensor query, tokens;
   OptionalTensor pose_value;
@@ -165,12 +195,14 @@ struct SharedTokens {
   TensorAttention params{};
 
   SharedTokens(const Tensor& query_in, const Tensor& tokens_in, double scale)
-      : query(torch::stable::contiguous(query_in)), tokens(tokens_in) {
-    STD_TORCH_CHECK(query.dim() == 4 && tokens.dim() == 3, "query must have 4 dimensions and the tokens 3");
+      : query(packed(query_in)), tokens(tokens_in) {
+    STD_TORCH_CHECK(query.dim() == 4 && (tokens.dim() == 3 || tokens.dim() == 4),
+                    "query must have 4 dimensions and the tokens 3, or 4 with one head");
     tokens = aligned_rows(tokens);
     const int64_t batch = query.size(0), rows = query.size(1) * query.size(2), width = query.size(3);
-    const int64_t patches = tokens.size(1);
-    check(tokens, {batch, patches, width}, query.scalar_type(), query, "the tokens");
+    const int64_t patch_dim = tokens.dim() - 2, patches = tokens.size(patch_dim);
+    check(tokens, patch_dim == 1 ? Sizes{batch, patches, width} : Sizes{batch, 1, patches, width}, query.scalar_type(),
+          query, "the tokens");
     STD_TORCH_CHECK(rows > 0 && patches > 0 && width > 0, "heads, joints, patches and width must be at least 1");
     for (const int64_t size : {batch, rows, patches, width})
       STD_TORCH_CHECK(size <= INT32_MAX, "the CUDA kernels serve sizes up to ", INT32_MAX, ", got ", size);
@@ -183,7 +215,7 @@ struct SharedTokens {
     params.query = query.data_ptr();
     params.tokens = tokens.data_ptr();
     params.tokens_batch_stride = tokens.stride(0);
-    params.tokens_patch_stride = tokens.stride(1);
+    params.tokens_patch_stride = tokens.stride(patch_dim);
     params.stream = current_stream(query);
     context = empty(query, {batch, query.size(1), query.size(2), width});
     lse = empty(query, {batch, query.size(1), query.size(2)}, ScalarType::Float);
@@ -208,7 +240,7 @@ struct SharedTokens {
   }
 
   Tensor add_update(const Tensor& pose_value_in) {
-    pose_value = torch::stable::contiguous(pose_value_in);
+    pose_value = packed(pose_value_in);
     check(*pose_value, {query.size(0), query.size(1), query.size(2), query.size(3)}, query.scalar_type(), query,
           "pose_value");
     const Tensor patches_out = empty(query, {params.batch, params.patches, params.width});
@@ -232,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_forward(Tensor query, Tensor k
   STD_TORCH_CHECK(key.dim() == 4 && key.size(1) == 1 && !value.has_value(),
                   "attend_patches_forward: the CUDA kernel serves one head of tokens that are key and value");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  SharedTokens attention(query, torch::stable::select(key, 1, 0), scale);
+  SharedTokens attention(query, key, scale);
   const Tensor none = empty(query, {0});
   const Tensor importance = need_importance ? attention.add_importance() : empty(query, {0}, ScalarType::Float);
   Tensor weights = none;
@@ -259,7 +291,7 @@ Tensor weigh_patches(Tensor query, Tensor tokens, Tensor lse, double scale) {
   SharedTokens attention(query, tokens, scale);
   auto& params = attention.params;
   check(lse, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float, query, "lse");
-  const Tensor row_lse = torch::stable::contiguous(lse);
+  const Tensor row_lse = packed(lse);
   const int64_t padded_rows = ceil_div(params.rows, 8) * 8;
   const Tensor weights = empty(query, {params.batch, params.patches, 2, padded_rows});
   params.lse = static_cast<float*>(row_lse.data_ptr());
@@ -287,7 +319,7 @@ void differentiate_scores(Tensor weights, OptionalTensor grad_context, OptionalT
   check(delta, {batch, heads, joints}, ScalarType::Float, tokens, "delta");
   STD_TORCH_CHECK(heads * joints <= padded_rows && weights.is_contiguous(),
                   "weights must be contiguous and hold every row");
-  const Tensor row_delta = torch::stable::contiguous(delta);
+  const Tensor row_delta = packed(delta);
   tokens = aligned_rows(tokens);
   TensorGradient params{};
   params.dtype = dtype_of(tokens, "the tokens");
@@ -303,7 +335,7 @@ void differentiate_scores(Tensor weights, OptionalTensor grad_context, OptionalT
   params.stream = current_stream(tokens);
   if (grad_context.has_value()) {
     check(*grad_context, {batch, heads, joints, width}, dtype, tokens, "grad_context");
-    grad_context = torch::stable::contiguous(*grad_context);
+    grad_context = packed(*grad_context);
     params.grad_context = grad_context->data_ptr();
   }
   if (grad_patches.has_value()) {
@@ -311,13 +343,13 @@ void differentiate_scores(Tensor weights, OptionalTensor grad_context, OptionalT
     check(*grad_patches, {batch, patches, width}, dtype, tokens, "grad_patches");
     check(*pose_value, {batch, heads, joints, width}, dtype, tokens, "pose_value");
     grad_patches = aligned_rows(*grad_patches);
-    pose_value = torch::stable::contiguous(*pose_value);
+    pose_value = packed(*pose_value);
     params.grad_patches = patch_rows(*grad_patches);
     params.pose_value = pose_value->data_ptr();
   }
   if (grad_importance.has_value()) {
     check(*grad_importance, {batch, patches}, ScalarType::Float, tokens, "grad_importance");
-    grad_importance = torch::stable::contiguous(*grad_importance);
+    grad_importance = packed(*grad_importance);
     params.grad_importance = static_cast<const float*>(grad_importance->data_ptr());
   }
   if (grad_attention.has_value()) {
@@ -339,7 +371,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> attention_on_tensor_co
   if (query.dim() != 4 || key.dim() != 4 || pose_value.dim() != 4 || key.size(1) != 1) return std::nullopt;
   if (query.size(3) != pose_value.size(3) || query.scalar_type() == ScalarType::Float) return std::nullopt;
   if (query.size(1) * query.size(2) > kTensorRows || query.size(3) > kTensorWidth) return std::nullopt;
-  SharedTokens attention(query, torch::stable::select(key, 1, 0), scale);
+  SharedTokens attention(query, key, scale);
   const Tensor patches_out = attention.add_update(pose_value);
   const Tensor importance = attention.add_importance();
   if (!tensor_attention_serves(attention.params)) return std::nullopt;
@@ -390,7 +422,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(OptionalTensor gra
   if (patches_is_key) attention.check_patches_is_key();
   check(context, attention.context_sizes, dtype, query, "context");
   check(lse, attention.row_sizes, ScalarType::Float, query, "lse");
-  const Tensor row_lse = torch::stable::contiguous(lse);
+  const Tensor row_lse = packed(lse);
   const Tensor residual = empty(query, attention.row_sizes, ScalarType::Float);
   const Tensor delta = empty(query, attention.row_sizes, ScalarType::Float);
   PoseGuidedAttentionBackward params{};
@@ -401,7 +433,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(OptionalTensor gra
   params.patches_is_key = patches_is_key;
   if (grad_context.has_value()) {
     check(*grad_context, attention.context_sizes, dtype, query, "grad_context");
-    grad_context = torch::stable::contiguous(*grad_context);
+    grad_context = packed(*grad_context);
     params.grad_context = grad_context->data_ptr();
   }
   if (grad_patches.has_value()) {
@@ -411,7 +443,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(OptionalTensor gra
   }
   if (grad_importance.has_value()) {
     check(*grad_importance, attention.importance_sizes, ScalarType::Float, query, "grad_importance");
-    grad_importance = torch::stable::contiguous(*grad_importance);
+    grad_importance = packed(*grad_importance);
     params.grad_importance = static_cast<const float*>(grad_importance->data_ptr());
   }
   const bool separate_value = need_token_grads && value.has_value();
@@ -441,7 +473,7 @@ std::tuple<Tensor, Tensor> prune_forward(Tensor patches, Tensor importance, int6
   const torch::stable::accelerator::DeviceGuard guard(patches.get_device_index());
   const int64_t size = static_cast<int64_t>(patches.element_size());
   const Tensor rows = width_contiguous(patches);
-  const Tensor scores = torch::stable::contiguous(importance);
+  const Tensor scores = packed(importance);
   const Tensor kept = empty(patches, {batch, keep, width});
   const Tensor index = empty(patches, {batch, keep}, ScalarType::Long);
   PrunePatchesForward params{};
@@ -468,8 +500,8 @@ Tensor prune_backward(Tensor grad_kept, Tensor index, int64_t num_patches) {
                   "num_patches must be between 1 and ", INT32_MAX, ", got ", num_patches);
   check(index, {batch, keep}, ScalarType::Long, grad_kept, "index");
   const torch::stable::accelerator::DeviceGuard guard(grad_kept.get_device_index());
-  const Tensor rows = torch::stable::contiguous(grad_kept);
-  const Tensor slots = torch::stable::contiguous(index);
+  const Tensor rows = packed(grad_kept);
+  const Tensor slots = packed(index);
   const Tensor grad_patches = empty(grad_kept, {batch, num_patches, width});
   PrunePatchesBackward params{};
   params.batch = static_cast<int32_t>(batch);
@@ -495,9 +527,9 @@ struct Context {
   Context(const Tensors& feature_maps_in, const Tensor& reference_in, const Tensor& offsets_in,
           const Tensor& weights_in, bool zeros)
       : feature_maps(feature_maps_in),
-        reference(torch::stable::contiguous(reference_in)),
-        offsets(torch::stable::contiguous(offsets_in)),
-        weights(torch::stable::contiguous(weights_in)) {
+        reference(packed(reference_in)),
+        offsets(packed(offsets_in)),
+        weights(packed(weights_in)) {
     STD_TORCH_CHECK(offsets.dim() == 6, "offsets must have 6 dimensions, got ", offsets.dim());
     const ScalarType dtype = offsets.scalar_type();
     const int64_t batch = offsets.size(0), levels = offsets.size(1), joints = offsets.size(2);
@@ -567,7 +599,7 @@ std::tuple<Tensor, Tensor, Tensors> context_backward(Tensors grad_contexts, Tens
   Tensors grad_maps;
   for (size_t level = 0; level < levels; ++level) {
     check(grad_contexts[level], context.context_sizes[level], offsets.scalar_type(), offsets, "grad_contexts");
-    grad_contexts[level] = torch::stable::contiguous(grad_contexts[level]);
+    grad_contexts[level] = packed(grad_contexts[level]);
     params.grad_contexts[level] = grad_contexts[level].data_ptr();
     if (!need_maps[level]) {
       grad_maps.push_back(empty(offsets, none));

@@ -8,6 +8,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace liftbyimage::cuda {
 
@@ -43,6 +46,23 @@ cudaError_t dispatch_dtype(int32_t dtype, Function function) {
   }
 }
 
+// Lets a kernel have so much dynamic shared memory on the current device; asked of the driver when it is more than ever
+// before.
+inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  const cudaError_t no_device = cudaGetDevice(&device);
+  if (no_device != cudaSuccess) return no_device;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
 // Launches a one-dimensional grid; more than 48 KiB of shared memory has to be asked for explicitly.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
@@ -50,9 +70,7 @@ cudaError_t launch(void (*kernel)(Params), int64_t blocks, int threads, size_t s
   constexpr int64_t kMaxBlocks = 2147483647;
   if (blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

@@ -1,5 +1,5 @@
 // What csrc/cuda/bindings.cpp asks of a torch with CUDA, answered for CPU tensors, so that the binding itself can run
-// over the emulated kernels: there is one device, every tensor is on it, and its stream is null.
+// over the emulated kernels: the CPU is the one CUDA device, and its stream is null.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 extern "C" {
@@ -14,8 +14,5 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t* type) {
-  *type = aoti_torch_device_type_cuda();
-  return AOTI_TORCH_SUCCESS;
-}
+int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
 }
