@@ -284,6 +284,44 @@ def test_prune_with_more_patches_than_fit_in_shared_memory():
     check_prune(Case("", B=1, P=9001, K=4000, D=2, ties=True))
 
 
+# Samples whose slots are shared out among several blocks: up to six at once, of 16 KiB at least.
+SHARED_OUT = [
+    Case("stage_1", B=1, P=3072, K=921, D=48),
+    Case("two_samples", B=2, P=1300, K=401, D=128),
+    Case("one_kept", B=1, P=700, K=1, D=30000),
+    Case("two_kept", B=1, P=30, K=2, D=20000),
+    Case("all_kept", B=1, P=700, K=700, D=64),
+    Case("ties", B=1, P=1300, K=400, D=100, ties=True),
+    Case("many_patches", B=1, P=9001, K=4000, D=9, ties=True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHARED_OUT, ids=str)
+def test_prune_shares_out_the_slots(kernels, case, dtype):
+    inputs = make_inputs("prune_patches", case, dtype)
+    inputs["importance"][:, ::5] = torch.nan
+    inputs["importance"][:, 1::7] = -0.0
+    expected = ops.prune_patches(**inputs, backend="reference")
+    for descending in (0, 1):
+        kernels["prune_patches"].library.set_descending(descending)
+        kept, index = kernels["prune_patches"].forward(**inputs)
+        kernels["prune_patches"].library.set_descending(0)
+        assert torch.equal(index, expected.index) and torch.equal(kept, expected.patches)
+
+
+@pytest.mark.parametrize("keep", [1, 299, 300, 301, 599, 600, 601, 900])
+def test_prune_of_ties_between_digits(keep):
+    """Keys that differ in one of their four bytes only: the search ends after any number of digits."""
+    for bits_apart in (1, 1 << 8, 1 << 16, 1 << 24):
+        levels = torch.tensor([0x3F000000 + level * bits_apart for level in range(3)], dtype=torch.int32)
+        importance = levels.view(torch.float32)[torch.arange(900) % 3][None]
+        patches = torch.arange(900 * 20.0).reshape(1, 900, 20)
+        actual = ops.prune_patches(patches, importance, keep, backend="cuda")
+        expected = ops.prune_patches(patches, importance, keep, backend="reference")
+        assert torch.equal(actual.index, expected.index) and torch.equal(actual.patches, expected.patches)
+
+
 def test_prune_does_not_depend_on_the_order_of_threads(kernels):
     kernel = kernels["prune_patches"]
     inputs = make_inputs("prune_patches", Case("", B=2, P=1300, K=400, D=3, ties=True), torch.float32)

@@ -1,14 +1,17 @@
 // Keep the most important patches of each sample, in ascending order of their index; and the gradient of that.
 //
-// Forward, one block per sample:
+// Forward, one block per share of a sample's slots; each repeats the selection, then writes and copies its own slots:
 //
 //   importance [P] ─► order-preserving 32-bit keys (NaN → 0, the lowest; −0 → +0), cached in shared memory if P ≤ 8192
-//   radix select      4 passes × 8 bits from the top: histogram of the keys that share the prefix found so far,
-//                     suffix sums over its 256 bins ─► next digit of the keep-th largest key, the threshold
-//   compaction        512 patches per step: two prefix sums packed in one integer
+//   radix select      up to 4 passes × 8 bits from the top: histogram of the keys that share the prefix found so far,
+//                     suffix sums over its 256 bins ─► next digit of the keep-th largest key, the threshold;
+//                     done as soon as all keys of that prefix are kept: the prefix itself then separates
+//   compaction        each thread counts a run of neighbours, one prefix sum over the threads
 //                       slot(p) = #{q < p: key > threshold} + min(#{q < p: key = threshold}, ties still wanted)
 //                     so that ties go to the lower index and slots ascend with p
 //   gather            rows copied in the widest unit (16, 4 or 2 bytes) that divides addresses, strides and length
+//
+// A sample has one share where the batch fills the multiprocessors; choose_slots says how many where it does not.
 //
 // Backward, one block per 64 rows: the index is ascending, so a binary search inverts it; each row of the gradient is
 // written exactly once, with its slot's row or with zeros.
@@ -16,6 +19,8 @@
 // The histogram uses integer atomics only: counts do not depend on their order, the result is bitwise repeatable.
 
 #include "prune_patches.h"
+
+#include <algorithm>
 
 #include "common.h"
 #include "warps.h"
@@ -26,21 +31,49 @@ namespace {
 constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / kWarp;
 constexpr int kBins = 256;
+constexpr int kBinsOfLane = kBins / kWarp;
 constexpr int kCachedPatches = 8192;
 constexpr int kScatterThreads = 256;
 constexpr int kScatterRows = 64;
 
-// Shared memory: | histogram | warp sums | digit, count above it | keys … |
+// A digit, and how many of the counted keys have a greater one and this one.
+struct Found {
+  int digit;
+  int above;
+  int count;
+};
+
+// Shared memory: | histogram | warp sums | found | keys … |
 struct SelectShared {
   int* histogram = reinterpret_cast<int*>(shared_memory);
-  int* warp_sums = histogram + kBins;
-  int* found = warp_sums + kSelectWarps;
-  uint32_t* keys = reinterpret_cast<uint32_t*>(found + 2);
+  int64_t* warp_sums = reinterpret_cast<int64_t*>(histogram + kBins);
+  Found* found = reinterpret_cast<Found*>(warp_sums + kSelectWarps);
+  uint32_t* keys = reinterpret_cast<uint32_t*>(found + 1);
 };
 
 size_t select_shared_bytes(int patches) {
   const int cached = patches <= kCachedPatches ? patches : 0;
-  return sizeof(int) * (kBins + kSelectWarps + 2 + cached);
+  return sizeof(int) * kBins + sizeof(int64_t) * kSelectWarps + sizeof(Found) + sizeof(uint32_t) * cached;
+}
+
+// The forward's arguments, and how a sample's slots are shared out among blocks.
+struct PruneLaunch {
+  PrunePatchesForward params;
+  int32_t shares;  // blocks of a sample
+  int32_t slots;   // of a share; the last may have fewer
+};
+
+// Slots of a share: as few as let the shares of all samples run at once, each on a multiprocessor of its own. Their
+// selections then take the time of one. But no share is less than kShareBytes, which its threads move in two units of
+// 16 bytes each: beside the selection, whose threads read every key once per pass, less would save nothing.
+int32_t choose_slots(const PrunePatchesForward& params) {
+  constexpr int64_t kShareBytes = kSelectThreads * 2 * sizeof(uint4);
+  int device = 0, multiprocessors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t at_once = std::max<int64_t>(multiprocessors / params.batch, 1);
+  const int64_t worthwhile = std::max<int64_t>(params.keep * params.row_bytes / kShareBytes, 1);
+  return static_cast<int32_t>(ceil_div(params.keep, std::min(at_once, worthwhile)));
 }
 
 __device__ uint32_t order_key(float importance) {
@@ -52,63 +85,81 @@ __device__ uint32_t order_key(float importance) {
 template <typename T>
 struct Keys {
   const T* importance;
-  uint32_t* cache;  // null: too many patches; a thread reads only what it wrote
+  uint32_t* cache;  // null: too many patches
 
   __device__ uint32_t operator[](int patch) const {
     return cache != nullptr ? cache[patch] : order_key(to_float(importance[patch]));
   }
 };
 
-// The keep-th largest key; `ties` receives how many keys equal to it belong to the kept.
+// By one warp: finds the digit of the wanted-th largest of the counted keys, and leaves the histogram empty.
+__device__ void find_digit(const SelectShared& shared, int wanted) {
+  int* bins = shared.histogram + kBins - (threadIdx.x + 1) * kBinsOfLane;
+  int counts[kBinsOfLane];
+  int sum = 0;
+  for (int bin = 0; bin < kBinsOfLane; ++bin) {
+    sum += counts[bin] = bins[bin];
+    bins[bin] = 0;
+  }
+  int above = warp_inclusive_scan(sum) - sum;
+  for (int bin = kBinsOfLane - 1; bin >= 0; --bin) {
+    if (above < wanted && above + counts[bin] >= wanted)
+      *shared.found = {static_cast<int>(bins + bin - shared.histogram), above, counts[bin]};
+    above += counts[bin];
+  }
+}
+
+// A threshold such that the kept are the keys above it and `ties` of those equal to it, or all where they are fewer.
+// The histogram is empty before and after.
 template <typename T>
 __device__ uint32_t select_threshold(const Keys<T>& keys, int patches, int keep, const SelectShared& shared,
                                      int& ties) {
-  const int thread = threadIdx.x;
   uint32_t prefix = 0;
   uint32_t prefix_mask = 0;
   ties = keep;
   for (int shift = 24; shift >= 0; shift -= 8) {
-    if (thread < kBins) shared.histogram[thread] = 0;
-    __syncthreads();
-    for (int patch = thread; patch < patches; patch += kSelectThreads) {
+    for (int patch = threadIdx.x; patch < patches; patch += kSelectThreads) {
       const uint32_t key = keys[patch];
       if ((key & prefix_mask) == prefix) atomicAdd(&shared.histogram[key >> shift & 0xffu], 1);
     }
     __syncthreads();
-    const int digit = kBins - 1 - thread;
-    const int count = digit >= 0 ? shared.histogram[digit] : 0;
-    int total;
-    const int at_least = inclusive_scan<kSelectWarps>(count, shared.warp_sums, total);
-    const int above = at_least - count;
-    if (above < ties && at_least >= ties) {
-      shared.found[0] = digit;
-      shared.found[1] = above;
-    }
+    if (threadIdx.x < kWarp) find_digit(shared, ties);
     __syncthreads();
-    prefix |= static_cast<uint32_t>(shared.found[0]) << shift;
+    const Found found = *shared.found;
+    prefix |= static_cast<uint32_t>(found.digit) << shift;
     prefix_mask |= 0xffu << shift;
-    ties -= shared.found[1];
+    ties -= found.above;
+    if (ties == found.count) break;
   }
   return prefix;
 }
 
+// Writes index[slot] for the slots from first_slot up to end_slot.
 template <typename T>
-__device__ void write_index(const Keys<T>& keys, int patches, uint32_t threshold, int ties, int* warp_sums,
-                            int64_t* index) {
-  int greater_before = 0;
-  int equal_before = 0;
-  for (int start = 0; start < patches; start += kSelectThreads) {
-    const int patch = start + threadIdx.x;
-    const uint32_t key = patch < patches ? keys[patch] : 0;
-    const bool greater = patch < patches && key > threshold;
-    const bool equal = patch < patches && key == threshold;
-    const int packed = greater + (equal << 16);
-    int total;
-    const int before = inclusive_scan<kSelectWarps>(packed, warp_sums, total) - packed;
-    const int equals = equal_before + (before >> 16);
-    if (greater || (equal && equals < ties)) index[greater_before + (before & 0xffff) + min(equals, ties)] = patch;
-    greater_before += total & 0xffff;
-    equal_before += total >> 16;
+__device__ void write_index(const Keys<T>& keys, int patches, uint32_t threshold, int ties, int64_t* warp_sums,
+                            int first_slot, int end_slot, int64_t* index) {
+  const int run = (patches + kSelectThreads - 1) / kSelectThreads | 1;  // odd: the lanes' keys lie in different banks
+  const int first = min(static_cast<int>(threadIdx.x) * run, patches);
+  const int end = min(first + run, patches);
+  int greater = 0;
+  int equal = 0;
+  for (int patch = first; patch < end; ++patch) {
+    greater += keys[patch] > threshold;
+    equal += keys[patch] == threshold;
+  }
+  const int64_t packed = greater + (static_cast<int64_t>(equal) << 32);
+  int64_t total;
+  const int64_t before = inclusive_scan<kSelectWarps>(packed, warp_sums, total) - packed;
+  greater = static_cast<int>(before);
+  equal = static_cast<int>(before >> 32);
+  for (int patch = first; patch < end; ++patch) {
+    const uint32_t key = keys[patch];
+    const bool tie = key == threshold;
+    const int slot = greater + min(equal, ties);
+    const bool kept = key > threshold || (tie && equal < ties);
+    if (kept && slot >= first_slot && slot < end_slot) index[slot] = patch;
+    greater += key > threshold;
+    equal += tie;
   }
 }
 
@@ -132,8 +183,9 @@ __device__ void for_each_unit(int rows, int64_t units, Function function) {
 }
 
 template <typename Unit>
-__device__ void gather(const PrunePatchesForward& params, const char* rows, char* kept, const int64_t* index) {
-  for_each_unit<kSelectThreads>(params.keep, params.row_bytes / sizeof(Unit), [&](int slot, int64_t unit) {
+__device__ void gather(const PrunePatchesForward& params, const char* rows, char* kept, const int64_t* index,
+                       int slots) {
+  for_each_unit<kSelectThreads>(slots, params.row_bytes / sizeof(Unit), [&](int slot, int64_t unit) {
     const char* from = rows + index[slot] * params.rows_patch_stride;
     char* to = kept + slot * params.row_bytes;
     reinterpret_cast<Unit*>(to)[unit] = reinterpret_cast<const Unit*>(from)[unit];
@@ -148,30 +200,35 @@ __device__ int unit_bytes(const void* first, const void* second, int64_t strides
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const PrunePatchesForward params) {
-  const int64_t sample = blockIdx.x;
+__global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const PruneLaunch launch) {
+  const PrunePatchesForward& params = launch.params;
+  const int64_t sample = blockIdx.x / launch.shares;
+  const int first_slot = blockIdx.x % launch.shares * launch.slots;
+  const int slots = min(launch.slots, params.keep - first_slot);
   const SelectShared shared;
   const T* importance = static_cast<const T*>(params.importance) + sample * params.patches;
   int64_t* index = params.index + sample * params.keep;
   const Keys<T> keys = {importance, params.patches <= kCachedPatches ? shared.keys : nullptr};
+  if (threadIdx.x < kBins) shared.histogram[threadIdx.x] = 0;
   if (keys.cache != nullptr)
     for (int patch = threadIdx.x; patch < params.patches; patch += kSelectThreads)
       keys.cache[patch] = order_key(to_float(importance[patch]));
+  __syncthreads();
 
   int ties;
   const uint32_t threshold = select_threshold(keys, params.patches, params.keep, shared, ties);
-  write_index(keys, params.patches, threshold, ties, shared.warp_sums, index);
+  write_index(keys, params.patches, threshold, ties, shared.warp_sums, first_slot, first_slot + slots, index);
   __syncthreads();
 
   const char* rows = static_cast<const char*>(params.rows) + sample * params.rows_batch_stride;
-  char* kept = static_cast<char*>(params.kept) + sample * params.keep * params.row_bytes;
+  char* kept = static_cast<char*>(params.kept) + (sample * params.keep + first_slot) * params.row_bytes;
   switch (unit_bytes(rows, kept, params.row_bytes | params.rows_patch_stride)) {
     case 16:
-      return gather<uint4>(params, rows, kept, index);
+      return gather<uint4>(params, rows, kept, index + first_slot, slots);
     case 4:
-      return gather<uint32_t>(params, rows, kept, index);
+      return gather<uint32_t>(params, rows, kept, index + first_slot, slots);
     default:
-      return gather<uint16_t>(params, rows, kept, index);
+      return gather<uint16_t>(params, rows, kept, index + first_slot, slots);
   }
 }
 
@@ -227,9 +284,11 @@ __global__ void __launch_bounds__(kScatterThreads, 1) scatter_kernel(const Prune
 extern "C" cudaError_t prune_patches_forward(const PrunePatchesForward* params) {
   if (params->keep < 1 || params->keep > params->patches || params->row_bytes % 2 != 0) return cudaErrorInvalidValue;
   if (params->batch == 0) return cudaSuccess;
+  const int32_t slots = choose_slots(*params);
+  const PruneLaunch plan = {*params, static_cast<int32_t>(ceil_div(params->keep, slots)), slots};
   return dispatch_dtype(params->importance_dtype, [&](auto type) {
-    return launch(select_kernel<typename decltype(type)::type>, params->batch, kSelectThreads,
-                  select_shared_bytes(params->patches), params->stream, *params);
+    return launch(select_kernel<typename decltype(type)::type>, static_cast<int64_t>(params->batch) * plan.shares,
+                  kSelectThreads, select_shared_bytes(params->patches), params->stream, plan);
   });
 }
 

@@ -297,7 +297,7 @@ __device__ void scatter(const SampleContextBackward& params, int64_t sample, int
                 row_is_known<T>(in, sample, index, own / in.samples);
     }
     int listed;
-    const int before = inclusive_scan<kScatterWarps>(reaches, shared.warp_sums, listed) - reaches;
+    const int before = inclusive_scan<kScatterWarps, int>(reaches, shared.warp_sums, listed) - reaches;
     if (reaches) shared.places[before] = place;
     __syncthreads();
     for (int i = 0; i < listed; ++i) {
