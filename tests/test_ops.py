@@ -60,7 +60,7 @@ def combinations():
                 if op in TOKEN_OPS and backend.name == "cpu" and dtype == torch.float16:
                     continue  # as test_ops_bad_input states
                 if interpreted and dtype == torch.bfloat16:
-                    continue  # the interpreter's tl.dot is wrong in bfloat16
+                    continue  # the interpreter's tl.dot is wrong in bfloat16: test_triton_bfloat16 emulates it
                 name = f"{op}-{case}-{backend.name}-{str(dtype).removeprefix('torch.')}"
                 yield pytest.param(op, case, backend.name, dtype, id=name)
 

@@ -238,8 +238,8 @@ def joint_queries(
     Returns:
         JointQueries: `joints` [B, J, D] after the layer norm and `query` [B, H, J, W] without any softmax scale, in the
         input dtype. Both are differentiable with respect to every tensor argument: the inputs alone are kept, and the
-        backward pass differentiates the reference by recomputation. A NaN in a sample's joints gives NaN in all of
-        that sample's results.
+        backward pass differentiates the reference by recomputation, in float32 for half precision. A NaN in a
+        sample's joints gives NaN in all of that sample's results.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or dtypes differ, or heads is no int, or eps no float.

@@ -235,8 +235,8 @@ def update_joints(
 
     Returns:
         joints [B, J, D] in the input dtype, differentiable with respect to every tensor argument: the inputs alone are
-        kept, and the backward pass differentiates the reference by recomputation. A NaN in a joint or its context gives
-        NaN in that joint.
+        kept, and the backward pass differentiates the reference by recomputation, in float32 for half precision. A NaN
+        in a joint or its context gives NaN in that joint.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or dtypes differ, or eps is no float.
