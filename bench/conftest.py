@@ -11,7 +11,8 @@ import pytest
 import torch
 from event_clock import EVENT_CLOCK
 from measurement import Measurement
-from row_states import DUE, LEFT_OUT, RowStates
+from row_reporter import StateReporter
+from row_states import RowStates
 from verification import Truth
 from workload import CENTRAL, FORWARD, SMOKE, TRAINING, Implementation, Setting
 
@@ -32,26 +33,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("row_states") is not None:
         config.pluginmanager.register(StateReporter(RowStates(config.getoption("row_states"))), STATE_REPORTER)
-
-
-class StateReporter:
-    """Follows the rows of a run in a file that is up to date if the run is killed."""
-
-    def __init__(self, states: RowStates) -> None:
-        self.states = states
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
-            self.states.add(item.nodeid, DUE)
-
-    def leave_out(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            self.states.add(item.nodeid, LEFT_OUT)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or not report.passed:
-            reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
-            self.states.add(report.nodeid, report.outcome, reason)
 
 
 def implementation_of(item: pytest.Item) -> Implementation | None:

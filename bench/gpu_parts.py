@@ -29,16 +29,17 @@ STAMP = ROOT / "build" / "gpu-install"
 RESULTS = ROOT / "bench" / "results"
 
 # Every test that puts something on a GPU, and what it needs beside the library; tests/test_gpu_runner.py keeps the list
-# whole. Of these files the tests with "cpu" in their names are left out.
+# whole. Of these files the tests with "cpu" in their names are left out; gpu_tests.py orders the others.
 GPU_TESTS: dict[str, Sequence[str]] = {
     "tests/test_capture.py": (),
     "tests/test_lift_by_image.py": (),
     "tests/test_examples.py::test_example[cuda_graph.py]": (),
     "tests/test_cli.py::test_doctor_json_states_every_backend": ("typer", "rich", "cv2"),
-    "tests/test_triton_interpreter.py": (),
     "tests/test_ops.py": (),
+    "tests/test_triton_interpreter.py": (),
 }
-MAX_TEST_PROCESSES = 8
+MAX_TEST_PROCESSES = 16
+TEST_PROCESS_BYTES = 3 * 2**30  # of the GPU's memory: a context, the largest case and its reference in float64
 
 SANITIZER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
@@ -134,11 +135,30 @@ def why_not_built(variables: Mapping[str, str]) -> str:
 def test(options: Options, budget: Budget) -> Result:
     chosen = [test for test, needed in GPU_TESTS.items() if not missing(needed)]
     notes = not_installed(GPU_TESTS)
-    command = [sys.executable, "-m", "pytest", "--require-gpu", "-k", "not cpu", *chosen]
+    outcomes = WORK / "tests.jsonl"
+    WORK.mkdir(parents=True, exist_ok=True)
+    outcomes.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-p", "gpu_tests", f"--test-states={outcomes}"]
+    command += ["--require-gpu", "-k", "not cpu", *chosen]
+    variables = {**options.variables, "PYTHONPATH": search_path(ROOT / "bench", options.variables)}
     if not missing(["xdist"]):
-        command += ["-n", str(min(os.cpu_count() or 1, MAX_TEST_PROCESSES))]
-    result, why = result_of(run(command, budget.left(), options.variables), "pytest")
-    return result, [*why, *notes]
+        processes = test_processes(options.gpu, os.cpu_count() or 1)
+        command += ["-n", str(processes)]
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    status = run(command, budget.left(), variables)
+    states = read_states([outcomes])
+    failed = [f"failed: {test}" for test, state in states.items() if state.state == "failed"]
+    result, why = result_of(status, "pytest")
+    return FAILED if failed else result, [*why, *failed, *not_run_notes(not_run(states), "tests"), *notes]
+
+
+def search_path(folder: Path, variables: Mapping[str, str]) -> str:
+    return os.pathsep.join([str(folder), *filter(None, [variables.get("PYTHONPATH")])])
+
+
+def test_processes(gpu: Mapping[str, Any], processors: int) -> int:
+    """Compiling takes a processor each, and every process its memory of the GPU."""
+    return max(1, min(processors, MAX_TEST_PROCESSES, gpu["memory_bytes"] // TEST_PROCESS_BYTES))
 
 
 def sanitize(options: Options, budget: Budget) -> Result:
@@ -205,7 +225,7 @@ def bench(options: Options, budget: Budget) -> Result:
     states = read_states([collected, *(one.states for one in done)])
     failed = [row for row, state in states.items() if state.state == "failed"]
     unmeasured = not_run(states) + lost_rows(states)
-    notes += [*broken, *(f"failed: {row}" for row in failed), *unmeasured_notes(unmeasured)]
+    notes += [*broken, *(f"failed: {row}" for row in failed), *not_run_notes(unmeasured, "rows")]
     if failed or broken:
         return FAILED, notes
     due = {row for row, state in read_states([collected]).items() if state.state == DUE}
@@ -249,11 +269,11 @@ def lost_rows(states: Mapping[str, State]) -> list[str]:
     return [row for row, state in states.items() if state.state == "passed" and row not in written]
 
 
-def unmeasured_notes(rows: Sequence[str]) -> list[str]:
+def not_run_notes(ids: Sequence[str], what: str) -> list[str]:
     by_file: dict[str, list[str]] = {}
-    for row in rows:
-        by_file.setdefault(file_of(row), []).append(row.partition("::")[2])
-    return [f"{file}: {len(names)} rows not run: {'; '.join(names)}" for file, names in by_file.items()]
+    for one in ids:
+        by_file.setdefault(file_of(one), []).append(one.partition("::")[2])
+    return [f"{file}: {len(names)} {what} not run: {'; '.join(names)}" for file, names in by_file.items()]
 
 
 def report(options: Options, budget: Budget) -> Result:

@@ -25,6 +25,7 @@ sys.path.append(str(ROOT / "bench"))  # behind tests/, which has files of the sa
 import gpu  # noqa: E402
 import gpu_machine  # noqa: E402
 import gpu_parts  # noqa: E402
+import gpu_tests  # noqa: E402
 import measurement  # noqa: E402
 import sanitize  # noqa: E402
 from event_clock import EventClock  # noqa: E402
@@ -33,7 +34,13 @@ from gpu_results import merge, publish, slug, why_not_publish  # noqa: E402
 from gpu_summary import Outcome, summary  # noqa: E402
 from row_states import RowStates, State, not_run, read_states  # noqa: E402
 
-H200 = {"name": "NVIDIA H200", "capability": "9.0", "driver": "570.1", "torch": "2.13.0+cu130"}
+H200 = {
+    "name": "NVIDIA H200",
+    "capability": "9.0",
+    "driver": "570.1",
+    "torch": "2.13.0+cu130",
+    "memory_bytes": 150 << 30,
+}
 GPU = {"device": "cuda", "dtype": "bfloat16", "device_name": "NVIDIA H200"}
 
 
@@ -319,7 +326,7 @@ def test_listed_tests_exist() -> None:
         assert "[" not in test or f'"{test.partition("[")[2][:-1]}"' in source
 
 
-def test_tests_whose_needs_are_missing_are_named(monkeypatch: Any) -> None:
+def test_tests_whose_needs_are_missing_are_named(work: Path, monkeypatch: Any) -> None:
     commands: list[list[str]] = []
 
     def pytest_run(command: list[str], limit: float, variables: dict[str, str]) -> int:
@@ -336,8 +343,77 @@ def test_tests_whose_needs_are_missing_are_named(monkeypatch: Any) -> None:
     assert "tests/a.py" in commands[0] and "tests/b.py" not in commands[0] and "--require-gpu" in commands[0]
 
 
+@pytest.mark.parametrize("status, result", [(None, "out of time"), (0, "passed"), (-9, "failed")])
+@pytest.mark.parametrize("outcome", ["passed", "skipped", "failed"])
+def test_tests_that_failed_or_were_not_reached_are_named(
+    status: int | None, result: str, outcome: str, work: Path, monkeypatch: Any
+) -> None:
+    def pytest_run(command: list[str], limit: float, variables: dict[str, str]) -> int | None:
+        states = RowStates(Path(next(word for word in command if word.startswith("--test-states=")).partition("=")[2]))
+        for test in ("tests/test_a.py::one", "tests/test_a.py::two", "tests/test_b.py::three"):
+            states.add(test, "due")
+        states.add("tests/test_a.py::one", outcome)
+        return status
+
+    monkeypatch.setattr(gpu_parts, "run", pytest_run)
+    monkeypatch.setattr(gpu_parts, "not_installed", lambda needs: [])
+    for _ in range(2):  # what an earlier run left is no part of this one
+        ended, notes = gpu_parts.test(options(), Budget(60))
+        assert ended == ("failed" if outcome == "failed" else result)
+        assert ("failed: tests/test_a.py::one" in notes) == (outcome == "failed")
+        assert notes[-2:] == ["test_a.py: 1 tests not run: two", "test_b.py: 1 tests not run: three"]
+
+
+def test_every_test_has_a_processor_and_memory_of_the_gpu() -> None:
+    assert gpu_parts.test_processes(H200, 14) == 14
+    assert gpu_parts.test_processes(H200, 64) == gpu_parts.MAX_TEST_PROCESSES
+    assert gpu_parts.test_processes({"memory_bytes": 8 << 30}, 14) == 2
+    assert gpu_parts.test_processes({"memory_bytes": 2 << 30}, 14) == 1
+
+
+def run_with_plugin(states: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": gpu_parts.search_path(ROOT / "bench", os.environ)}
+    command = [sys.executable, "-m", "pytest", "-p", "gpu_tests", "-p", "no:cacheprovider", f"--test-states={states}"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+def test_the_most_telling_tests_come_first(tmp_path: Path) -> None:
+    states = tmp_path / "states.jsonl"
+    finished = run_with_plugin(states, "-k", "not cpu", "--collect-only", "-qq", *gpu_parts.GPU_TESTS)
+    assert finished.returncode == 0, finished.stdout
+    tests = list(read_states([states]))
+    ranks = [gpu_tests.rank(test) for test in tests]
+    assert ranks == sorted(ranks) and not any("cpu" in test.partition("::")[2] for test in tests)
+    of_cases = [test for test in tests if "test_forward_and_gradients" in test]
+    order = ["-cuda-", "-triton-bfloat16", "-triton-float32", "-triton-float16", "-reference-"]
+    places = [next(place for place, part in enumerate(order) if part in test) for test in of_cases]
+    assert places == sorted(places) and "-triton-float16" in "".join(of_cases)
+    assert "test_ops.py" not in tests[0] and set(of_cases) < set(tests)
+
+
+def test_states_of_tests_outlive_an_interruption(tmp_path: Path) -> None:
+    test = tmp_path / "test_three.py"
+    test.write_text(
+        "import pytest\n"
+        "def test_one(): pass\n"
+        "def test_two(): pytest.skip('for a reason')\n"
+        "def test_three(): raise KeyboardInterrupt\n"
+    )
+    states = tmp_path / "states.jsonl"
+    finished = run_with_plugin(states, "--rootdir", tmp_path, "-o", "addopts=", test)
+    assert finished.returncode == 2, finished.stdout
+    known = {test.partition("::")[2]: state for test, state in read_states([states]).items()}
+    assert known == {
+        "test_one": State("passed", ""),
+        "test_two": State("skipped", "Skipped: for a reason"),
+        "test_three": State("due", ""),
+    }
+
+
 @pytest.mark.parametrize("part, notes", [("test", []), ("sanitize", ["in memcheck"])])
-def test_a_part_that_reaches_its_limit_has_not_passed(part: str, notes: list[str], tmp_path: Path, monkeypatch: Any):
+def test_a_part_that_reaches_its_limit_has_not_passed(
+    part: str, notes: list[str], work: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     (tmp_path / "compute-sanitizer").touch(mode=0o755)
     monkeypatch.setattr(gpu_parts, "run", lambda command, limit, variables: None)
     monkeypatch.setattr(gpu_parts, "not_installed", lambda needs: [])
