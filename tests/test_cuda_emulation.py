@@ -423,7 +423,7 @@ def test_binding_refuses_what_would_be_read_out_of_bounds(bindings):
         context.forward([values[1:] for values in maps], *places, False)
 
 
-# Kernels for Hopper's tensor cores, forward: those of csrc/cuda/tensor_attention.cu.
+# Kernels for tensor cores, forward: csrc/cuda/tensor_attention.cu on Hopper, csrc/cuda/mma_attention.cu before it.
 
 TENSOR_OPS = ("attend_patches", "guide_patches", "pose_guided_attention")
 TENSOR_CASES = [
@@ -451,11 +451,11 @@ def tensor_forward(bindings):
     return {**forward, "pose_guided_attention": bindings["pose_guided_attention"].forward}
 
 
-@pytest.fixture
-def hopper(kernels, tensor_forward):
-    """The same on an emulated GPU of compute capability 9.0."""
+@pytest.fixture(params=[90, 80], ids=["hopper", "ampere"])
+def tensor_cores(request, kernels, tensor_forward):
+    """The same on an emulated GPU of compute capability 9.0 or 8.0."""
     library = kernels["pose_guided_attention"].library
-    library.set_capability(90)
+    library.set_capability(request.param)
     yield tensor_forward
     library.set_capability(80)
 
@@ -467,15 +467,15 @@ def tensor_inputs(case, dtype):
     return inputs["query"], inputs["key"], inputs["pose_value"], scale
 
 
-def tensor_results(hopper, op, case, dtype):
+def tensor_results(tensor_cores, op, case, dtype):
     query, tokens, pose_value, scale = tensor_inputs(case, dtype)
     if op == "attend_patches":
-        context, importance, attention, _ = hopper[op](query, tokens, None, scale, True, True)
+        context, importance, attention, _ = tensor_cores[op](query, tokens, None, scale, True, True)
         return {"context": context, "importance": importance, "attention": attention}
     if op == "guide_patches":
-        context, channels, _ = hopper[op](query, tokens[:, 0], scale)
+        context, channels, _ = tensor_cores[op](query, tokens[:, 0], scale)
         return {"context": context, "channels": channels}
-    context, patches, importance, _ = hopper[op](query, tokens, None, pose_value, None, scale)
+    context, patches, importance, _ = tensor_cores[op](query, tokens, None, pose_value, None, scale)
     return {"context": context, "patches": patches, "importance": importance}
 
 
@@ -493,8 +493,8 @@ def tensor_reference(op, case, dtype, as_dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", TENSOR_CASES, ids=str)
 @pytest.mark.parametrize("op", TENSOR_OPS)
-def test_tensor_cores_agree_with_float64(hopper, op, case, dtype):
-    actual = tensor_results(hopper, op, case, dtype)
+def test_tensor_cores_agree_with_float64(tensor_cores, op, case, dtype):
+    actual = tensor_results(tensor_cores, op, case, dtype)
     oracle = tensor_reference(op, case, dtype, torch.float64)
     plain = tensor_reference(op, case, dtype, dtype)
     for name, result in actual.items():
@@ -502,34 +502,34 @@ def test_tensor_cores_agree_with_float64(hopper, op, case, dtype):
 
 
 @pytest.mark.parametrize("op", TENSOR_OPS)
-def test_tensor_cores_do_not_depend_on_the_order_of_threads(kernels, hopper, op):
+def test_tensor_cores_do_not_depend_on_the_order_of_threads(kernels, tensor_cores, op):
     case, library = TENSOR_CASES[1], kernels["pose_guided_attention"].library
     results = []
     for descending in (0, 1):
         library.set_descending(descending)
-        results.append(tensor_results(hopper, op, case, torch.bfloat16))
+        results.append(tensor_results(tensor_cores, op, case, torch.bfloat16))
     library.set_descending(0)
     for name, result in results[0].items():
         assert torch.equal(bits(result), bits(results[1][name])), name
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_token_spoils_what_depends_on_it_on_tensor_cores(hopper, bad):
+def test_bad_token_spoils_what_depends_on_it_on_tensor_cores(tensor_cores, bad):
     query, tokens, pose_value, scale = tensor_inputs(Case("", B=2, H=2, J=5, P=70, E=16, F=16, D=16), torch.bfloat16)
     tokens[0, 0, 66, 3] = bad
-    context, patches, importance, lse = hopper["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
+    context, patches, importance, lse = tensor_cores["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
     plain = ops.pose_guided_attention(query, tokens, tokens, pose_value, tokens, scale=scale, backend="reference")
     for mine, theirs in ((context, plain.context), (patches, plain.patches), (importance, plain.importance)):
         assert torch.equal(mine.isnan(), theirs.isnan())
         assert mine[1].isfinite().all()
 
 
-def test_rows_that_lie_unaligned_are_copied(hopper):
+def test_rows_that_lie_unaligned_are_copied(tensor_cores):
     query, tokens, pose_value, scale = tensor_inputs(TENSOR_CASES[-1], torch.bfloat16)
-    expected = hopper["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
+    expected = tensor_cores["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
     wide = torch.zeros(*tokens.shape[:3], tokens.shape[3] + 3, dtype=tokens.dtype)
     wide[..., 1:-2] = tokens
-    actual = hopper["pose_guided_attention"](query, wide[..., 1:-2], None, pose_value, None, scale)
+    actual = tensor_cores["pose_guided_attention"](query, wide[..., 1:-2], None, pose_value, None, scale)
     for mine, theirs in zip(actual, expected, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -537,29 +537,29 @@ def test_rows_that_lie_unaligned_are_copied(hopper):
 @pytest.mark.parametrize(
     "sizes, dtype", [((9, 17, 16), torch.bfloat16), ((2, 3, 12), torch.bfloat16), ((2, 3, 16), torch.float32)]
 )
-def test_tensor_cores_refuse_what_they_do_not_serve(hopper, sizes, dtype):
+def test_tensor_cores_refuse_what_they_do_not_serve(tensor_cores, sizes, dtype):
     heads, joints, width = sizes
     query, tokens = torch.zeros(1, heads, joints, width, dtype=dtype), torch.zeros(1, 1, 5, width, dtype=dtype)
     with pytest.raises(RuntimeError, match="attend_patches_forward: the CUDA kernel serves float16 and bfloat16"):
-        hopper["attend_patches"](query, tokens, None, 1.0, True, True)
+        tensor_cores["attend_patches"](query, tokens, None, 1.0, True, True)
 
 
-# The backward on tensor cores: csrc/cuda/tensor_gradient.cu between matrix products.
+# The backward on tensor cores: csrc/cuda/tensor_gradient.cu or csrc/cuda/mma_gradient.cu between matrix products.
 
 
 @pytest.fixture
-def tensor_kernels(hopper):
-    """The raw steps of liftbyimage/ops/_tensor_cores.py on an emulated GPU of compute capability 9.0."""
+def tensor_kernels(tensor_cores):
+    """The raw steps of liftbyimage/ops/_tensor_cores.py on that GPU."""
     names = ("weigh_patches", "differentiate_scores")
     overloads = {name: getattr(torch.ops.liftbyimage_emulated, name).default for name in names}
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return SimpleNamespace(**{name: functools.partial(o.redispatch, keys) for name, o in overloads.items()})
 
 
-def tensor_gradients(hopper, tensor_kernels, case, dtype, wanted, need_token_grads=True):
+def tensor_gradients(tensor_cores, tensor_kernels, case, dtype, wanted, need_token_grads=True):
     """Gradients through the library's backward, float64 and in the dtype's plain PyTorch."""
     query, tokens, pose_value, scale = tensor_inputs(case, dtype)
-    context, _, _, lse = hopper["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
+    context, _, _, lse = tensor_cores["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
     generator = torch.Generator().manual_seed(3)
     rows = case.H * case.J
     arriving = {
@@ -613,24 +613,24 @@ GRADIENT_CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case, wanted", GRADIENT_CASES)
-def test_gradients_on_tensor_cores_agree_with_float64(hopper, tensor_kernels, case, wanted, dtype):
-    actual, oracle, plain = tensor_gradients(hopper, tensor_kernels, case, dtype, wanted)
+def test_gradients_on_tensor_cores_agree_with_float64(tensor_cores, tensor_kernels, case, wanted, dtype):
+    actual, oracle, plain = tensor_gradients(tensor_cores, tensor_kernels, case, dtype, wanted)
     for name, mine, exact, other in zip(actual._fields, actual, oracle, plain, strict=True):
         assert_close(f"gradient of {name}", mine, exact, other, dtype)
 
 
-def test_samples_of_a_long_batch_are_taken_in_turns(hopper, tensor_kernels, monkeypatch):
+def test_samples_of_a_long_batch_are_taken_in_turns(tensor_cores, tensor_kernels, monkeypatch):
     case, wanted = Case("", B=5, H=2, J=5, P=70, E=16, F=16, D=16), ARRIVING[1]
-    together, _, _ = tensor_gradients(hopper, tensor_kernels, case, torch.bfloat16, wanted)
+    together, _, _ = tensor_gradients(tensor_cores, tensor_kernels, case, torch.bfloat16, wanted)
     monkeypatch.setattr(_tensor_cores, "SAMPLES_AT_ONCE", 2)
-    in_turns, _, _ = tensor_gradients(hopper, tensor_kernels, case, torch.bfloat16, wanted)
+    in_turns, _, _ = tensor_gradients(tensor_cores, tensor_kernels, case, torch.bfloat16, wanted)
     for mine, theirs in zip(in_turns, together, strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_token_gradients_on_tensor_cores_are_skipped_on_request(hopper, tensor_kernels):
+def test_token_gradients_on_tensor_cores_are_skipped_on_request(tensor_cores, tensor_kernels):
     case = Case("", H=2, J=5, P=70, E=16, F=16, D=16)
-    full, _, _ = tensor_gradients(hopper, tensor_kernels, case, torch.bfloat16, ARRIVING[0])
-    rows_only, _, _ = tensor_gradients(hopper, tensor_kernels, case, torch.bfloat16, ARRIVING[0], False)
+    full, _, _ = tensor_gradients(tensor_cores, tensor_kernels, case, torch.bfloat16, ARRIVING[0])
+    rows_only, _, _ = tensor_gradients(tensor_cores, tensor_kernels, case, torch.bfloat16, ARRIVING[0], False)
     assert rows_only.tokens is None
     assert torch.equal(rows_only.query, full.query) and torch.equal(rows_only.pose_value, full.pose_value)

@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "common.h"
+#include "mma_attention.h"
+#include "mma_gradient.h"
 #include "pose_guided_attention.h"
 #include "prune_patches.h"
 #include "sample_context.h"
@@ -186,6 +188,27 @@ Tensor aligned_rows(const Tensor& tensor) {
   return copy;
 }
 
+constexpr char kTensorCoreNeeds[] =
+    ": the CUDA kernel serves float16 and bfloat16 where the GPU has tensor cores for both (compute capability 8.0) and"
+    " shared memory for the rows, up to ";
+
+// Kernels of one attention, those for a whole warpgroup (Hopper) before those for a warp.
+struct TensorCores {
+  bool (*serves)(const TensorAttention&);
+  int64_t (*workspace)(const TensorAttention&);
+  cudaError_t (*forward)(const TensorAttention*);
+};
+constexpr TensorCores kTensorCores[] = {
+    {tensor_attention_serves, tensor_attention_workspace, tensor_attention_forward},
+    {mma_attention_serves, mma_attention_workspace, mma_attention_forward}};
+
+// The first that serves the call, or null.
+const TensorCores* tensor_cores_for(const TensorAttention& params) {
+  for (const TensorCores& kernels : kTensorCores)
+    if (kernels.serves(params)) return &kernels;
+  return nullptr;
+}
+
 // One token tensor [B, P, width] or [B, 1, P, width] that is key and value of all heads, and the buffers of its
 // attention.
 struct SharedTokens {
@@ -250,12 +273,12 @@ struct SharedTokens {
   }
 
   void run(const char* op) {
-    STD_TORCH_CHECK(tensor_attention_serves(params), op,
-                    ": the CUDA kernel serves float16 and bfloat16 on Hopper, up to ", kTensorRows,
+    const TensorCores* kernels = tensor_cores_for(params);
+    STD_TORCH_CHECK(kernels != nullptr, op, kTensorCoreNeeds, kTensorRows,
                     " query rows and widths that are multiples of 8 up to ", kTensorWidth);
-    const Tensor workspace = empty(query, {tensor_attention_workspace(params)}, ScalarType::Float);
+    const Tensor workspace = empty(query, {kernels->workspace(params)}, ScalarType::Float);
     params.workspace = static_cast<float*>(workspace.data_ptr());
-    check_launch(tensor_attention_forward(&params), op);
+    check_launch(kernels->forward(&params), op);
   }
 };
 
@@ -357,10 +380,10 @@ void differentiate_scores(Tensor weights, OptionalTensor grad_context, OptionalT
     grad_attention = width_contiguous(*grad_attention);
     params.grad_attention = patch_rows(*grad_attention);
   }
-  STD_TORCH_CHECK(tensor_gradient_serves(params),
-                  "differentiate_scores: the CUDA kernel serves float16 and bfloat16 on Hopper, up to ", kTensorRows,
+  const bool by_warpgroups = tensor_gradient_serves(params);
+  STD_TORCH_CHECK(by_warpgroups || mma_gradient_serves(params), "differentiate_scores", kTensorCoreNeeds, kTensorRows,
                   " query rows and widths that are multiples of 8 up to ", kTensorWidth);
-  check_launch(tensor_gradient(&params), "differentiate_scores");
+  check_launch(by_warpgroups ? tensor_gradient(&params) : mma_gradient(&params), "differentiate_scores");
 }
 
 // Pose-guided attention on tensor cores, or nothing where they do not serve the call.
@@ -374,7 +397,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> attention_on_tensor_co
   SharedTokens attention(query, key, scale);
   const Tensor patches_out = attention.add_update(pose_value);
   const Tensor importance = attention.add_importance();
-  if (!tensor_attention_serves(attention.params)) return std::nullopt;
+  if (tensor_cores_for(attention.params) == nullptr) return std::nullopt;
   attention.run("pose_guided_attention_forward");
   return std::make_tuple(attention.context, patches_out, importance, attention.lse);
 }

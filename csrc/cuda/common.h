@@ -46,6 +46,14 @@ cudaError_t dispatch_dtype(int32_t dtype, Function function) {
   }
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
 // Lets a kernel have so much dynamic shared memory on the current device; asked of the driver when it is more than ever
 // before.
 inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {

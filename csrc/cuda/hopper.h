@@ -1,17 +1,12 @@
-// What kernels for Hopper (sm_90a) are made of: tiles in swizzled shared memory, copies into them, warpgroup barriers.
+// What kernels for Hopper (sm_90a) are made of beside tiles: operands of products named for them, warpgroup barriers.
 // For .cu files only.
-//
-// A tile is stored in columns of 64 elements: [rows][64] of two bytes each, 128 bytes a row, column after column.
-// Eight rows are 1024 bytes, in which the 16-byte units of row i lie in the order unit ^ i: eight threads that read one
-// unit of eight rows, or eight units of one row, meet eight different groups of banks.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstring>
 
-#include "common.h"
+#include "tiles.h"
 
 #ifdef __CUDACC__
 #include "wgmma.h"
@@ -22,33 +17,9 @@
 namespace liftbyimage::cuda {
 
 constexpr int kWarpgroup = 128;
-constexpr int kColumn = 64;        // elements in a row of a column
-constexpr int kUnit = 8;           // elements in a unit of 16 bytes
-constexpr int kRowBytes = 128;
 constexpr int kSwizzleBytes = 1024;
 
-// Where unit `unit` of row `row` of a column lies, in bytes.
-__host__ __device__ inline int swizzled(int row, int unit) { return row * kRowBytes + ((unit ^ (row & 7)) << 4); }
-
 #ifdef __CUDACC__
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copies 16 bytes in the background; zeros where `valid` is false.
-__device__ inline void copy_unit(void* target, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(target)), "l"(source),
-               "r"(valid ? 16 : 0));
-}
-
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
-
-// Waits until at most `kPending` of this thread's groups of copies are under way.
-template <int kPending>
-__device__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
 
 // Tensor cores read shared memory by a path of their own: what this thread wrote becomes visible there.
 __device__ inline void publish_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
@@ -90,37 +61,9 @@ __device__ void store_transposed(void* row, const uint32_t (&matrix)[kMatrices])
                  : "memory");
 }
 
-// 2^x to about two units in the last place; 0 for −∞.
-__device__ inline float fast_exp2(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
-  return result;
-}
-
 #endif
 
 // What to add to an operand's name for one that starts so many bytes on.
 __host__ __device__ constexpr uint64_t advance(int bytes) { return static_cast<uint64_t>(bytes) >> 4; }
-
-// Two elements in a register, the first in the lower half.
-template <typename T>
-__device__ uint32_t pack(float first, float second) {
-  struct alignas(4) Pair {
-    T first, second;
-  } pair;
-  from_float(first, pair.first);
-  from_float(second, pair.second);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-
-template <typename T>
-__device__ void unpack(uint32_t bits, float& first, float& second) {
-  T pair[2];
-  memcpy(pair, &bits, sizeof(bits));
-  first = to_float(pair[0]);
-  second = to_float(pair[1]);
-}
 
 }  // namespace liftbyimage::cuda

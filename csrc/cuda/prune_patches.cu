@@ -68,9 +68,7 @@ struct PruneLaunch {
 // 16 bytes each: beside the selection, whose threads read every key once per pass, less would save nothing.
 int32_t choose_slots(const PrunePatchesForward& params) {
   constexpr int64_t kShareBytes = kSelectThreads * 2 * sizeof(uint4);
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t at_once = std::max<int64_t>(multiprocessors / params.batch, 1);
   const int64_t worthwhile = std::max<int64_t>(params.keep * params.row_bytes / kShareBytes, 1);
   return static_cast<int32_t>(ceil_div(params.keep, std::min(at_once, worthwhile)));

@@ -48,7 +48,6 @@ constexpr int kStages = 4;  // tiles of tokens in flight in `gather`
 constexpr int kSlots = 3;   // columns of tokens in flight in a warpgroup of `scatter`
 constexpr float kHeadroom = 8.0f;
 constexpr float kNoShift = -FLT_MAX;  // of a row whose logits were all −∞: any other exceeds it, and −∞ weighs nothing
-constexpr float kLn2 = 0.6931471805599453f;
 
 // What a block costs beside its tiles, in tiles.
 constexpr int64_t kGatherOverhead = 3;
@@ -650,11 +649,11 @@ Launch plan(const TensorAttention& params) {
   Launch launch{};
   launch.params = params;
   const int32_t resident = resident_blocks(columns_of(params.width));
-  launch.shares = choose_shares(params.patches, params.batch, resident, kGatherOverhead);
+  launch.shares = choose_shares(tiles_of(params.patches), params.batch, resident, kGatherOverhead);
   launch.tiles_per_share = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.shares));
   launch.shares = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.tiles_per_share));  // none is empty
-  launch.scatter_shares = choose_shares(params.patches, params.batch, params.pose_value == nullptr ? resident : 1,
-                                        kScatterOverhead);
+  launch.scatter_shares = choose_shares(tiles_of(params.patches), params.batch,
+                                        params.pose_value == nullptr ? resident : 1, kScatterOverhead);
   launch.scatter_tiles = static_cast<int32_t>(ceil_div(tiles_of(params.patches), launch.scatter_shares));
   launch.result_bytes = static_cast<int32_t>(result_bytes(params));
   if (params.given_lse) return launch;

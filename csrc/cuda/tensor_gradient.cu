@@ -149,7 +149,7 @@ Plan plan_of(const TensorGradient& params) {
   plan.params = params;
   if (params.grad_context != nullptr) plan.factors[plan.count++] = {params.tokens, params.grad_context};
   if (params.grad_patches.data != nullptr) plan.factors[plan.count++] = {params.grad_patches, params.pose_value};
-  plan.shares = choose_shares(params.patches, params.batch, 1, kOverhead);
+  plan.shares = choose_shares(tiles_of(params.patches), params.batch, 1, kOverhead);
   plan.tiles_per_share = static_cast<int32_t>(ceil_div(tiles_of(params.patches), plan.shares));
   return plan;
 }

@@ -8,6 +8,7 @@
 
 #include "common.h"
 #include "hopper.h"
+#include "shares.h"
 #include "tensor_attention.h"
 #include "warps.h"
 
@@ -19,7 +20,6 @@ constexpr int kHalf = kTensorRows / 2;      // rows of one product
 constexpr int kBlocks = kHalf / 8;          // blocks of eight columns of a result
 constexpr int kTile = 64;                   // patches
 constexpr int kStep = 16;                   // entries that one product sums over
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kTileBytes = kTile * kRowBytes;        // a column of a tile
 constexpr int kHalfBytes = kHalf * kRowBytes;        // a column of 72 rows
 constexpr int kRowsBytes = kTensorRows * kRowBytes;  // a column of all rows
@@ -33,7 +33,6 @@ __device__ inline int warpgroup() { return threadIdx.x / kWarpgroup; }
 __device__ inline int uniform_warpgroup() { return __shfl_sync(kFullWarp, warpgroup(), 0); }
 __device__ inline int member() { return threadIdx.x % kWarpgroup; }
 __device__ inline int warp() { return member() / kWarp; }
-__device__ inline int lane() { return threadIdx.x % kWarp; }
 __device__ inline int result_row() { return 16 * warp() + lane() / 4; }  // and the one 8 below
 __device__ inline int result_column(int block) { return 8 * block + 2 * (lane() % 4); }  // and the one beside
 __device__ inline void wait_for_warpgroup() { wait_at_barrier(kOwnBarrier + warpgroup(), kWarpgroup); }
@@ -130,37 +129,13 @@ __device__ void multiply_column(Scores& s, const char* tile_column, const char* 
   wgmma_commit();
 }
 
-inline bool on_hopper() {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
-}
-
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 inline int columns_of(int32_t width) { return static_cast<int>(ceil_div(width, kColumn)); }
-inline int64_t tiles_of(int32_t patches) { return ceil_div(patches, kTile); }
 
-// Blocks for one sample: fewest tiles one after the other, where a multiprocessor holds `resident` blocks, each of
-// which costs `overhead` tiles beside its own.
-inline int32_t choose_shares(int32_t patches, int32_t batch, int32_t resident, int64_t overhead) {
-  constexpr int64_t kMaxShares = 64;
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t together = static_cast<int64_t>(multiprocessors) * resident;
-  int64_t best_cost = INT64_MAX;
-  int32_t best = 1;
-  for (int64_t shares = 1; shares <= tiles_of(patches) && shares <= kMaxShares; ++shares) {
-    const int64_t waves = ceil_div(shares * batch, together);
-    const int64_t cost = waves * (ceil_div(tiles_of(patches), shares) + overhead) + shares / 4;
-    if (cost < best_cost) {
-      best_cost = cost;
-      best = static_cast<int32_t>(shares);
-    }
-  }
-  return best;
+inline bool on_hopper() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
+
+inline int64_t tiles_of(int32_t patches) { return ceil_div(patches, kTile); }
 
 }  // namespace liftbyimage::cuda

@@ -24,6 +24,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -45,6 +48,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = void*;
@@ -77,15 +81,16 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   constexpr int kMultiprocessors = 6;  // few: samples are shared out among several blocks where the batch is smaller
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? kMultiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? emulate::capability / 10
-                                                            : emulate::capability % 10;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? kMultiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(emulate::shared_limit())
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? emulate::capability / 10
+                                                                  : emulate::capability % 10;
   return cudaSuccess;
 }
 
 template <typename Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
-  if (config->gridDim.x == 0) return cudaErrorInvalidConfiguration;
+  if (config->gridDim.x == 0 || config->dynamicSmemBytes > emulate::shared_limit()) return cudaErrorInvalidConfiguration;
   emulate::run_grid(
       config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
       reinterpret_cast<char*>(liftbyimage::cuda::shared_memory),
@@ -143,6 +148,12 @@ inline float __fmul_ru(float a, float b) {
 }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;

@@ -1,32 +1,15 @@
-// Stand-in for what csrc/cuda/hopper.h and wgmma.h do with Hopper's own instructions. Copies and products are done at
-// once where they are issued, so nothing is proven about waiting for them; that operands lie where descriptors say, and
-// registers as the products leave them, is. After csrc/cuda/common.h.
+// Stand-in for what csrc/cuda/hopper.h and wgmma.h do with Hopper's own instructions. Products are done at once
+// where they are issued, so nothing is proven about waiting for them; that operands lie where descriptors say, and
+// registers as the products leave them, is. After csrc/cuda/tiles.h.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 namespace liftbyimage::cuda {
 
-inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(static_cast<const char*>(pointer) - reinterpret_cast<const char*>(shared_memory));
-}
-
-inline void copy_unit(void* target, const void* source, bool valid) {
-  if (shared_address(target) % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0)
-    emulate::fail("a copied unit is not aligned to 16 bytes");
-  if (valid)
-    std::memcpy(target, source, 16);
-  else
-    std::memset(target, 0, 16);
-}
-
-inline void commit_copies() {}
-template <int kPending>
-void wait_for_copies() {}
 inline void publish_to_tensor_cores() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
@@ -108,7 +91,5 @@ void store_transposed(void* row, const uint32_t (&matrix)[kMatrices]) {
       std::memcpy(target + block.lane() / 4 * 2, &bits, sizeof(bits));
     }
 }
-
-inline float fast_exp2(float x) { return std::exp2(x); }
 
 }  // namespace liftbyimage::cuda
