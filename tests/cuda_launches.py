@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def common(dtype: torch.dtype, width: int) -> dict[str, Any]:
     return {"dtype": emulated.DTYPES[dtype], **sizes}
 
 
-def call_tensor_attention(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+def call_tensor_attention(forward: str, library: ctypes.CDLL, dtype: torch.dtype) -> None:
     """Updated tokens at width 256; attention beside the channels at the factored widths."""
     if dtype == torch.float32:
         return
@@ -111,17 +112,19 @@ def call_tensor_attention(library: ctypes.CDLL, dtype: torch.dtype) -> None:
             stride = width + ROWS
             wanted = {"attention": SOMEWHERE, "attention_stride": stride, "attention_rows": ROWS, "channels": width}
         params = TensorAttention(**common(dtype, width), **strides, **given, **wanted)
-        launch(library.tensor_attention_forward, params)
+        launch(library[forward], params)
 
 
-def call_tensor_gradient(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+def call_tensor_gradient(gradient: str, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Of context and update at width 256, of the context alone at the factored widths."""
     if dtype == torch.float32:
         return
     for width in (256, 184, 48):
         rows = PatchRows(SOMEWHERE, PATCHES * width, width)
         given = dict.fromkeys(("grad_context", "pose_value", "delta", "weights"), SOMEWHERE)
-        params = TensorGradient(**common(dtype, width), tokens=rows, grad_patches=rows, **given, padded_rows=ROWS)
-        launch(library.tensor_gradient, params)
+        updates = {"grad_patches": rows} if width == 256 else {}
+        params = TensorGradient(**common(dtype, width), tokens=rows, **updates, **given, padded_rows=ROWS)
+        launch(library[gradient], params)
 
 
 def launch(function: Callable[..., int], params: ctypes.Structure) -> None:
@@ -135,8 +138,10 @@ CALLS: dict[str, tuple[str, Callable[[ctypes.CDLL, torch.dtype], None]]] = {
     "pose_guided_attention.cu": ("width 256 shared", call_attention),
     "prune_patches.cu": ("prune 3072", call_prune),
     "sample_context.cu": ("context channels-last", call_context),
-    "tensor_attention.cu": ("widths 48, 184, 256", call_tensor_attention),
-    "tensor_gradient.cu": ("widths 48, 184, 256", call_tensor_gradient),
+    "mma_attention.cu": ("widths 48, 184, 256", partial(call_tensor_attention, "mma_attention_forward")),
+    "mma_gradient.cu": ("widths 48, 184, 256", partial(call_tensor_gradient, "mma_gradient")),
+    "tensor_attention.cu": ("widths 48, 184, 256", partial(call_tensor_attention, "tensor_attention_forward")),
+    "tensor_gradient.cu": ("widths 48, 184, 256", partial(call_tensor_gradient, "tensor_gradient")),
 }
 
 

@@ -86,6 +86,8 @@ MIXED = {"sm_80": "HMMA", "sm_90a": "HGMMA|HGMMA+HMMA"}
 EXPECTED = {
     "csrc/cuda/tensor_attention.cu": {"combine_kernel": NONE, "": {"sm_90a": "HGMMA"}},
     "csrc/cuda/tensor_gradient.cu": {"": {"sm_90a": "HGMMA"}},
+    "csrc/cuda/mma_attention.cu": {"combine_kernel": NONE, "": WARPS},
+    "csrc/cuda/mma_gradient.cu": {"": WARPS},
     "csrc/cuda/pose_guided_attention.cu": {"": NONE},
     "csrc/cuda/prune_patches.cu": {"": NONE},
     "csrc/cuda/sample_context.cu": {"": NONE},

@@ -517,7 +517,9 @@ def test_tensor_cores_do_not_depend_on_the_order_of_threads(kernels, tensor_core
 def test_bad_token_spoils_what_depends_on_it_on_tensor_cores(tensor_cores, bad):
     query, tokens, pose_value, scale = tensor_inputs(Case("", B=2, H=2, J=5, P=70, E=16, F=16, D=16), torch.bfloat16)
     tokens[0, 0, 66, 3] = bad
-    context, patches, importance, lse = tensor_cores["pose_guided_attention"](query, tokens, None, pose_value, None, scale)
+    context, patches, importance, lse = tensor_cores["pose_guided_attention"](
+        query, tokens, None, pose_value, None, scale
+    )
     plain = ops.pose_guided_attention(query, tokens, tokens, pose_value, tokens, scale=scale, backend="reference")
     for mine, theirs in ((context, plain.context), (patches, plain.patches), (importance, plain.importance)):
         assert torch.equal(mine.isnan(), theirs.isnan())

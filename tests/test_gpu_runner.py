@@ -442,7 +442,12 @@ def test_what_a_sanitizer_finds_fails(found: str, result: str, tmp_path: Path) -
 
 def test_every_op_with_a_cuda_kernel_is_sanitized() -> None:
     launchers = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    on_tensor_cores = {"tensor_attention", "tensor_gradient"}  # forward and backward of three ops
+    on_tensor_cores = {
+        "tensor_attention",
+        "tensor_gradient",
+        "mma_attention",
+        "mma_gradient",
+    }  # forward and backward of three ops
     assert {*sanitize.ops_to_check()} == launchers - on_tensor_cores | {*sanitize.TENSOR_CORES_ALONE}
     assert {op for op, _, _ in sanitize.calls()} == {*sanitize.ops_to_check()}
     assert {dtype for _, _, dtype in sanitize.calls()} == {torch.float32, torch.bfloat16}

@@ -35,6 +35,8 @@ from kernel_resources import (
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from liftbyimage.ops._dispatch import TENSOR_CORE_ROWS, rows_held_bytes
+
 PAGE = ROOT / "docs" / "kernels" / "resources.md"
 HERE = Path(__file__).resolve().parent
 needs_nvcc = pytest.mark.skipif(NVCC_MISSING is not None, reason=str(NVCC_MISSING))
@@ -92,10 +94,25 @@ def test_launches_are_recorded_as_they_are() -> None:
     launches = cuda_launches.recorded(ROOT / "csrc" / "cuda" / "prune_patches.cu", "sm_80")
     names = kernel_resources.short_names([launch.symbol for launch in launches])
     found = {name: (launch.threads, launch.shared) for name, launch in zip(names, launches, strict=True)}
-    keys_histogram_sums = 4 * (3072 + 256 + 512 // 32 + 2)
-    selects = {f"select_kernel<{dtype}>": (512, keys_histogram_sums) for dtype in ("fp32", "fp16", "bf16")}
+    keys_histogram_sums_found = 4 * 3072 + 4 * 256 + 8 * (512 // 32) + 4 * 3
+    selects = {f"select_kernel<{dtype}>": (512, keys_histogram_sums_found) for dtype in ("fp32", "fp16", "bf16")}
     assert {name: size for name, size in found.items() if name != "scatter_kernel"} == selects
     assert found["scatter_kernel"] == (256, 4 * 64)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("source", "updating"), [("mma_attention.cu", "scatter_kernel"), ("mma_gradient.cu", "gradient")]
+)
+def test_shared_memory_of_held_rows_is_what_the_choice_of_a_backend_counts_with(source: str, updating: str) -> None:
+    launches = cuda_launches.recorded(ROOT / "csrc" / "cuda" / source, "sm_80")
+    names = kernel_resources.short_names([launch.symbol for launch in launches])
+    found = {name: launch.shared for name, launch in zip(names, launches, strict=True) if updating in name}
+    for columns, width in ((1, 48), (3, 184), (4, 256)):
+        held = 2 if width == 256 else 1
+        of_width = [shared for name, shared in found.items() if f"<bf16, {columns}, " in name]
+        counted = rows_held_bytes(width, held)
+        assert of_width and all(counted - 4 * TENSOR_CORE_ROWS <= shared <= counted for shared in of_width)
 
 
 def test_a_launch_beyond_the_bounds_of_its_kernel_is_refused() -> None:

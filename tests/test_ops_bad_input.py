@@ -1,7 +1,6 @@
 """Exact error texts of the public ops: the op, the argument, what was expected, what came."""
 
 import re
-import sys
 import types
 
 import pytest
@@ -588,13 +587,18 @@ def test_the_cpu_residual_attention_is_not_for_float16():
         ops.residual_attention(**inputs, backend="cpu")
 
 
-def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), architectures="sm_80+sm_90a", **sizes):
+AMPERE_BYTES, GEFORCE_BYTES = 163 << 10, 99 << 10  # of shared memory that a block may use
+
+
+def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), shared=AMPERE_BYTES, **sizes):
     """Why the CUDA backend cannot serve values that are not there, on a GPU that is not there either."""
-    build = types.SimpleNamespace(build_info=lambda: {"architectures": architectures})
+    properties = types.SimpleNamespace(shared_memory_per_block_optin=shared)
     monkeypatch.setattr(_extension, "CUDA_MISSING", None)
-    monkeypatch.setitem(sys.modules, "liftbyimage._cuda", build)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    _dispatch._not_hopper.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    forget = [_dispatch._no_tensor_cores.cache_clear, _dispatch._shared_memory.cache_clear]
+    for clear in forget:
+        clear()
     sizes = {"heads": 8, "joints": 17, "width": 48, "dtype": torch.bfloat16, "key_heads": 1, "one": True, **sizes}
     with FakeTensorMode():
 
@@ -607,7 +611,8 @@ def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), arch
         if op == "pose_guided_attention":
             tensors = (*tensors, query, tokens)
         reasons = {status.name: status.why_not for status in ops.explain(op, *tensors)}
-    _dispatch._not_hopper.cache_clear()
+    for clear in forget:
+        clear()
     return reasons["cuda"]
 
 
@@ -619,9 +624,9 @@ def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), arch
         ({"heads": 9}, "serves up to 144 query rows H·J, got 153"),
         ({"width": 52}, "serves widths that are multiples of 8 up to 256, got 52"),
         ({"width": 264}, "serves widths that are multiples of 8 up to 256, got 264"),
-        ({"capability": (8, 0)}, "needs compute capability 9.0 (Hopper), got 8.0"),
-        ({"capability": (10, 0)}, "needs compute capability 9.0 (Hopper), got 10.0"),
-        ({"architectures": "sm_80"}, "needs a build for sm_90a, got one for sm_80"),
+        ({"capability": (8, 0), "width": 256}, None),
+        ({"capability": (12, 0), "shared": GEFORCE_BYTES, "width": 128}, None),
+        ({"capability": (7, 5)}, "needs compute capability 8.0 or later for its tensor cores, got 7.5"),
     ],
 )
 @pytest.mark.parametrize("op", ["attend_patches", "guide_patches", "pose_guided_attention"])
@@ -629,6 +634,13 @@ def test_tensor_cores_say_what_they_do_not_serve(monkeypatch, op, sizes, expecte
     if op == "pose_guided_attention" and sizes.get("dtype") == torch.float32:
         expected = None  # in plain arithmetic
     assert tensor_core_reason(monkeypatch, op, **sizes) == expected
+
+
+def test_rows_of_an_update_must_fit_beside_the_query(monkeypatch):
+    sizes = {"capability": (8, 9), "shared": GEFORCE_BYTES, "width": 256}
+    assert tensor_core_reason(monkeypatch, "attend_patches", **sizes) is None
+    expected = "needs 148608 bytes of shared memory for width 256, the GPU lets a block use 101376"
+    assert tensor_core_reason(monkeypatch, "pose_guided_attention", **sizes) == expected
 
 
 def test_pose_guided_attention_in_half_precision_is_for_tensor_cores(monkeypatch):

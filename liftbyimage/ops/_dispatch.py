@@ -140,9 +140,13 @@ def why_not_cuda_of_any_width(*tensors: Tensor) -> str | None:
 TENSOR_CORE_ROWS, TENSOR_CORE_WIDTH = 144, 256
 
 
-def why_not_tensor_cores(query: Tensor, *tokens: Tensor) -> str | None:
-    """Why csrc/cuda/tensor_attention.cu cannot serve query [B, H, J, E] over one head of tokens, key and value."""
-    reason = why_not_cuda_of_any_width(query) or _not_hopper(query.device)
+def why_not_tensor_cores(query: Tensor, *tokens: Tensor, held: int = 1) -> str | None:
+    """Why csrc/cuda/tensor_attention.cu (Hopper) and mma_attention.cu (from Ampere on) cannot serve query [B, H, J, E]
+    over one head of tokens, key and value.
+
+    `held`: tensors of the query's shape whose rows a kernel holds in shared memory at a time.
+    """
+    reason = why_not_cuda_of_any_width(query) or _no_tensor_cores(query.device)
     if reason is not None:
         return reason
     if query.dtype not in (torch.float16, torch.bfloat16):
@@ -152,16 +156,29 @@ def why_not_tensor_cores(query: Tensor, *tokens: Tensor) -> str | None:
         return f"serves up to {TENSOR_CORE_ROWS} query rows H·J, got {rows}"
     if width > TENSOR_CORE_WIDTH or width % 8:
         return f"serves widths that are multiples of 8 up to {TENSOR_CORE_WIDTH}, got {width}"
+    needed, limit = rows_held_bytes(width, held), _shared_memory(query.device)
+    if needed > limit:
+        return f"needs {needed} bytes of shared memory for width {width}, the GPU lets a block use {limit}"
     return None
 
 
+def rows_held_bytes(width: int, held: int) -> int:
+    """Shared memory of mma_attention.cu's scatter and of mma_gradient.cu: columns of 128 bytes of all rows, and two
+    float32 per row."""
+    columns = -(-2 * width // 128)
+    return TENSOR_CORE_ROWS * (held * columns * 128 + 2 * 4)
+
+
 @functools.cache
-def _not_hopper(device: torch.device) -> str | None:
-    architectures = importlib.import_module("liftbyimage._cuda").build_info()["architectures"]
-    if "sm_90a" not in architectures.split("+"):
-        return f"needs a build for sm_90a, got one for {architectures}"
+def _no_tensor_cores(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    return None if (major, minor) == (9, 0) else f"needs compute capability 9.0 (Hopper), got {major}.{minor}"
+    return None if major >= 8 else f"needs compute capability 8.0 or later for its tensor cores, got {major}.{minor}"
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may use."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _gpu_dtype(*tensors: Tensor) -> str | None:

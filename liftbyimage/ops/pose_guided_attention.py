@@ -194,7 +194,7 @@ def _run_cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """On tensor cores what the forward computes there; the rest by the plain kernels."""
     one_tensor = value is None and patches_is_key
-    if not one_tensor or why_not_tensor_cores(query) is not None:
+    if not one_tensor or why_not_tensor_cores(query, held=2) is not None:
         incoming = (grad_context, grad_patches, grad_importance)
         saved = (query, key, value, pose_value, context, lse, scale, need_token_grads, patches_is_key)
         assert _native_backward is not None
@@ -220,7 +220,7 @@ def _why_not_cuda(query: Tensor, *others: Tensor) -> str | None:
     key, value, _, patches = others or (query,) * 4
     if value is not key or patches is not key:
         return "serves one token tensor that is key, value and patches in half precision"
-    return why_not_tensor_cores(query)
+    return why_not_tensor_cores(query, held=2)
 
 
 # On an H200 in float32 CUDA takes about half of Triton's time, on tensor cores a third.

@@ -53,9 +53,10 @@ cudaError_t cudaGetDevice(int* device) {
 
 // One H200.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? 132
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
-                                                            : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? 132
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
+                                                                  : 0;
   return cudaSuccess;
 }
 
