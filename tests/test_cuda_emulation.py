@@ -537,21 +537,31 @@ def test_rows_that_lie_unaligned_are_copied(tensor_cores):
 
 
 @pytest.mark.parametrize(
-    "sizes, dtype", [((9, 17, 16), torch.bfloat16), ((2, 3, 12), torch.bfloat16), ((2, 3, 16), torch.float32)]
+    "capability, sizes, dtype",
+    [
+        (90, (9, 17, 16), torch.bfloat16),
+        (80, (2, 3, 12), torch.bfloat16),
+        (80, (2, 3, 264), torch.bfloat16),
+        (80, (2, 3, 16), torch.float32),
+        (75, (2, 3, 16), torch.bfloat16),
+    ],
 )
-def test_tensor_cores_refuse_what_they_do_not_serve(tensor_cores, sizes, dtype):
+def test_tensor_cores_refuse_what_they_do_not_serve(kernels, tensor_forward, capability, sizes, dtype):
     heads, joints, width = sizes
     query, tokens = torch.zeros(1, heads, joints, width, dtype=dtype), torch.zeros(1, 1, 5, width, dtype=dtype)
+    library = kernels["pose_guided_attention"].library
+    library.set_capability(capability)
     with pytest.raises(RuntimeError, match="attend_patches_forward: the CUDA kernel serves float16 and bfloat16"):
-        tensor_cores["attend_patches"](query, tokens, None, 1.0, True, True)
+        tensor_forward["attend_patches"](query, tokens, None, 1.0, True, True)
+    library.set_capability(80)
 
 
 # The backward on tensor cores: csrc/cuda/tensor_gradient.cu or csrc/cuda/mma_gradient.cu between matrix products.
 
 
-@pytest.fixture
-def tensor_kernels(tensor_cores):
-    """The raw steps of liftbyimage/ops/_tensor_cores.py on that GPU."""
+@pytest.fixture(scope="module")
+def tensor_kernels(bindings):
+    """The raw steps of liftbyimage/ops/_tensor_cores.py."""
     names = ("weigh_patches", "differentiate_scores")
     overloads = {name: getattr(torch.ops.liftbyimage_emulated, name).default for name in names}
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

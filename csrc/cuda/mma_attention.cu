@@ -35,7 +35,7 @@
 namespace liftbyimage::cuda {
 namespace {
 
-constexpr int kMaxGatherThreads = kTensorRows / kStrip * kWarp;
+constexpr int kGatherThreads = kTensorRows / kStrip * kWarp;  // at most
 constexpr int kStages = 3;  // tiles of tokens in shared memory
 constexpr float kHeadroom = 8.0f;
 constexpr float kNoShift = -FLT_MAX;  // of a row whose logits were all −∞: any other exceeds it, and −∞ weighs nothing
@@ -44,22 +44,22 @@ constexpr float kNoShift = -FLT_MAX;  // of a row whose logits were all −∞: 
 constexpr int64_t kGatherOverhead = 3;
 constexpr int64_t kScatterOverhead = 2;
 
-template <typename T, int kColumns>
-constexpr int kContextBlocks = kColumns * kElementsOfColumn<T> / kBlock;
+template <int kColumns>
+constexpr int kContextBlocks = kColumns * kColumn / kBlock;
 // Patches: few where the context takes most of the registers.
-template <typename T, int kColumns>
-constexpr int kTile = (kContextBlocks<T, kColumns> == 32 ? 32 : 64) / sizeof(T);
-template <typename T, int kColumns>
-constexpr int kTileBlocks = kTile<T, kColumns> / kBlock;
-template <typename T, int kColumns>
-constexpr int kTileColumnBytes = kTile<T, kColumns> * kRowBytes;
+template <int kColumns>
+constexpr int kTile = kColumns == 4 ? 16 : 32;
+template <int kColumns>
+constexpr int kTileBlocks = kTile<kColumns> / kBlock;
+template <int kColumns>
+constexpr int kTileColumnBytes = kTile<kColumns> * kRowBytes;
 
-template <typename T, int kColumns>
-using Context = float[kContextBlocks<T, kColumns>][4];  // [16 rows, W] as products leave them
-template <typename T, int kColumns>
-using Scores = float[kTileBlocks<T, kColumns>][4];  // [16 rows, tile]
+template <int kColumns>
+using Context = float[kContextBlocks<kColumns>][4];  // [16 rows, W] as products leave them
+template <int kColumns>
+using Scores = float[kTileBlocks<kColumns>][4];  // [16 rows, tile]
 
-// Blocks that share a multiprocessor, given how many columns wide the tokens are.
+// Blocks that share a multiprocessor.
 constexpr int resident_blocks(int columns) { return columns == 1 ? 2 : 1; }
 
 struct Launch {
@@ -90,19 +90,19 @@ __device__ void stage_tile(int threads, char* columns, int entries, const T* row
   constexpr int kUnits = kColumns * kRowBytes / 16;
   for (int i = threadIdx.x; i < entries * kUnits; i += threads) {
     const int row = i / kUnits, unit = i % kUnits;
-    const bool valid = row < count && unit * kElementsOfUnit<T> < width;
+    const bool valid = row < count && unit * kUnit < width;
     copy_unit(columns + unit / 8 * entries * kRowBytes + swizzled(row, unit % 8),
-              valid ? rows + row * stride + unit * kElementsOfUnit<T> : rows, valid);
+              valid ? rows + row * stride + unit * kUnit : rows, valid);
   }
 }
 
 // s [16 rows, tile] = Q Tᵀ of the warp's rows.
 template <typename T, int kColumns>
-__device__ void multiply_scores(Scores<T, kColumns>& s, const char* query, int query_rows, const char* tile) {
+__device__ void multiply_scores(Scores<kColumns>& s, const char* query, int query_rows, const char* tile) {
   constexpr int kSteps = kRowBytes / 32;
   const int thread = recomputed(lane());
 #pragma unroll
-  for (int block = 0; block < kTileBlocks<T, kColumns>; ++block)
+  for (int block = 0; block < kTileBlocks<kColumns>; ++block)
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[block][i] = 0.0f;
 #pragma unroll
@@ -113,9 +113,9 @@ __device__ void multiply_scores(Scores<T, kColumns>& s, const char* query, int q
       load_matrices(rows, query + column * query_rows * kRowBytes +
                               swizzled(kStrip * block_warp() + thread % kStrip, 2 * step + thread / kStrip));
 #pragma unroll
-      for (int block = 0; block < kTileBlocks<T, kColumns>; block += 2) {
+      for (int block = 0; block < kTileBlocks<kColumns>; block += 2) {
         uint32_t patches[4];
-        load_matrices(patches, tile + column * kTileColumnBytes<T, kColumns> +
+        load_matrices(patches, tile + column * kTileColumnBytes<kColumns> +
                                    swizzled(kBlock * (block + thread / 16) + thread % 8, 2 * step + thread / 8 % 2));
         mma<T>(s[block], rows, patches[0], patches[1]);
         mma<T>(s[block + 1], rows, patches[2], patches[3]);
@@ -125,10 +125,10 @@ __device__ void multiply_scores(Scores<T, kColumns>& s, const char* query, int q
 
 // Calls function(block, lower, side) for every score that the thread holds of valid patches: that of row r + 8 · lower
 // is s[block][2 · lower + side].
-template <typename T, int kColumns, typename Function>
+template <int kColumns, typename Function>
 __device__ void for_each_score(int valid_patches, Function function) {
 #pragma unroll
-  for (int block = 0; block < kTileBlocks<T, kColumns>; ++block)
+  for (int block = 0; block < kTileBlocks<kColumns>; ++block)
 #pragma unroll
     for (int side = 0; side < 2; ++side)
       if (kBlock * block + 2 * lane_word() + side < valid_patches)
@@ -155,11 +155,11 @@ struct RowSums {
 
 // Raises the shift of every row of the warp to its largest logit so far, and the sums with it, where one logit exceeds
 // its shift by more than kHeadroom. Rounded upwards, no logit exceeds the shift that is made of it, however large.
-template <typename T, int kColumns>
-__device__ void raise_shift(RowSums& sums, Context<T, kColumns>& context, const Scores<T, kColumns>& s,
+template <int kColumns>
+__device__ void raise_shift(RowSums& sums, Context<kColumns>& context, const Scores<kColumns>& s,
                             float scale, int valid_patches) {
   float largest[2] = {kNoShift, kNoShift};
-  for_each_score<T, kColumns>(valid_patches, [&](int block, int lower, int side) {
+  for_each_score<kColumns>(valid_patches, [&](int block, int lower, int side) {
     largest[lower] = fmaxf(largest[lower], __fmul_ru(s[block][2 * lower + side], scale));
   });
   const bool exceeds = largest[0] > sums.shift[0] + kHeadroom || largest[1] > sums.shift[1] + kHeadroom;
@@ -172,7 +172,7 @@ __device__ void raise_shift(RowSums& sums, Context<T, kColumns>& context, const 
     sums.shift[lower] = raised;
     sums.total[lower] *= shrink;
 #pragma unroll
-    for (int block = 0; block < kContextBlocks<T, kColumns>; ++block) {
+    for (int block = 0; block < kContextBlocks<kColumns>; ++block) {
       context[block][2 * lower] *= shrink;
       context[block][2 * lower + 1] *= shrink;
     }
@@ -180,10 +180,10 @@ __device__ void raise_shift(RowSums& sums, Context<T, kColumns>& context, const 
 }
 
 // Scores become weights, 0 beyond the valid patches, which are summed per row.
-template <typename T, int kColumns>
-__device__ void weigh(Scores<T, kColumns>& s, RowSums& sums, float scale, int valid_patches) {
+template <int kColumns>
+__device__ void weigh(Scores<kColumns>& s, RowSums& sums, float scale, int valid_patches) {
 #pragma unroll
-  for (int block = 0; block < kTileBlocks<T, kColumns>; ++block)
+  for (int block = 0; block < kTileBlocks<kColumns>; ++block)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool valid = kBlock * block + 2 * lane_word() + i % 2 < valid_patches;
@@ -194,20 +194,18 @@ __device__ void weigh(Scores<T, kColumns>& s, RowSums& sums, float scale, int va
 
 // context [16 rows, W] += weights · T
 template <typename T, int kColumns>
-__device__ void accumulate_context(Context<T, kColumns>& context,
-                                   const Scores<T, kColumns>& weights, const char* tile) {
-  constexpr int kSteps = kTile<T, kColumns> * sizeof(T) / 32;
-  constexpr int kBlocksOfColumn = kElementsOfColumn<T> / kBlock;
-  constexpr int kUnitsOfBlock = kBlock / kElementsOfUnit<T>;
+__device__ void accumulate_context(Context<kColumns>& context,
+                                   const Scores<kColumns>& weights, const char* tile) {
+  constexpr int kBlocksOfColumn = kColumn / kBlock;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < kTile<kColumns> / 16; ++step) {
     uint32_t rows[4];
     operand_of<T>(rows, weights, step);
 #pragma unroll
-    for (int block = 0; block < kContextBlocks<T, kColumns>; block += 2) {
+    for (int block = 0; block < kContextBlocks<kColumns>; block += 2) {
       uint32_t b[4];
-      load_across<T>(b, tile + block / kBlocksOfColumn * kTileColumnBytes<T, kColumns>, step,
-                     block % kBlocksOfColumn * kUnitsOfBlock, swizzled);
+      load_across(b, tile + block / kBlocksOfColumn * kTileColumnBytes<kColumns>, step, block % kBlocksOfColumn,
+                  swizzled);
       mma<T>(context[block], rows, b[0], b[1]);
       mma<T>(context[block + 1], rows, b[2], b[3]);
     }
@@ -234,7 +232,7 @@ __device__ float2 statistics_of(const Launch& launch, int64_t sample, int row) {
 // One row of the thread: its part of the context and its statistics, of a share or, where that is all, for good.
 template <typename T, int kColumns>
 __device__ void store_row(const Launch& launch, int64_t sample, int share, int row, int lower, float shift, float total,
-                          const Context<T, kColumns>& context) {
+                          const Context<kColumns>& context) {
   const TensorAttention& params = launch.params;
   const int64_t part = share * static_cast<int64_t>(params.batch) + sample;
   const bool whole = launch.shares == 1;
@@ -250,39 +248,36 @@ __device__ void store_row(const Launch& launch, int64_t sample, int share, int r
   T* out = static_cast<T*>(params.context) + (sample * params.rows + row) * params.width;
   float* partial = launch.share_context + (part * kTensorRows + row) * params.width;
 #pragma unroll
-  for (int block = 0; block < kContextBlocks<T, kColumns>; ++block) {
+  for (int block = 0; block < kContextBlocks<kColumns>; ++block) {
     const int at = kBlock * block + 2 * lane_word();
     const float first = context[block][2 * lower], second = context[block][2 * lower + 1];
     if (at >= params.width) continue;
-    if (whole) {
-      uint32_t words[kWordsOfPair<T>];
-      set_pair<T>(words, 0, first / total, second / total);
-      memcpy(out + at, words, sizeof(words));
-    } else {
+    if (whole)
+      *reinterpret_cast<uint32_t*>(out + at) = pack<T>(first / total, second / total);
+    else
       *reinterpret_cast<float2*>(partial + at) = float2{first, second};
-    }
   }
 }
 
 // Block share + shares · (part + parts · sample); its warps' rows start at part · warps · 16.
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(kMaxGatherThreads, resident_blocks(kColumns))
+__global__ void __launch_bounds__(kGatherThreads, resident_blocks(kColumns))
     gather_kernel(const __grid_constant__ Launch launch) {
   const TensorAttention& params = launch.params;
   const int share = blockIdx.x % launch.shares;
   const int part = blockIdx.x / launch.shares % launch.row_parts;
   const int64_t sample = blockIdx.x / launch.shares / launch.row_parts;
   const int threads = launch.gather_warps * kWarp, rows = launch.gather_warps * kStrip, first_row = part * rows;
-  const int tiles = (params.patches + kTile<T, kColumns> - 1) / kTile<T, kColumns>;
+  const int tiles = (params.patches + kTile<kColumns> - 1) / kTile<kColumns>;
   const int first = share * launch.tiles_per_share, end = min(first + launch.tiles_per_share, tiles);
   const float scale = params.scale * kLog2E;
   char* query = reinterpret_cast<char*>(shared_memory);  // [columns][rows][128 bytes]
   char* stages = query + kColumns * rows * kRowBytes;    // [stages][columns][tile][128 bytes]
-  const auto stage_of = [&](int tile) { return stages + tile % kStages * kColumns * kTileColumnBytes<T, kColumns>; };
+  const auto stage_of = [&](int tile) { return stages + tile % kStages * kColumns * kTileColumnBytes<kColumns>; };
   const auto copy_tokens = [&](int tile) {
     if (tile < end)
-      stage_tile<T, kColumns>(threads, stage_of(tile), kTile<T, kColumns>, tokens_of<T>(params, sample, tile * kTile<T, kColumns>),
-                              params.tokens_patch_stride, params.patches - tile * kTile<T, kColumns>, params.width);
+      stage_tile<T, kColumns>(threads, stage_of(tile), kTile<kColumns>, tokens_of<T>(params, sample, tile * kTile<kColumns>),
+                              params.tokens_patch_stride, params.patches - tile * kTile<kColumns>, params.width);
     commit_copies();
   };
   const int64_t rows_before = sample * params.rows + min(first_row, params.rows - 1);
@@ -291,16 +286,16 @@ __global__ void __launch_bounds__(kMaxGatherThreads, resident_blocks(kColumns))
   for (int tile = first; tile < first + kStages - 1; ++tile) copy_tokens(tile);
 
   RowSums sums;
-  Context<T, kColumns> context = {};
+  Context<kColumns> context = {};
   for (int tile = first; tile < end; ++tile) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the tile is there, and nobody reads the one before any more
     copy_tokens(tile + kStages - 1);
-    const int valid_patches = params.patches - tile * kTile<T, kColumns>;
-    Scores<T, kColumns> s;
+    const int valid_patches = params.patches - tile * kTile<kColumns>;
+    Scores<kColumns> s;
     multiply_scores<T, kColumns>(s, query, rows, stage_of(tile));
-    raise_shift<T, kColumns>(sums, context, s, scale, valid_patches);
-    weigh<T, kColumns>(s, sums, scale, valid_patches);
+    raise_shift<kColumns>(sums, context, s, scale, valid_patches);
+    weigh<kColumns>(s, sums, scale, valid_patches);
     accumulate_context<T, kColumns>(context, s, stage_of(tile));
   }
 #pragma unroll
@@ -332,9 +327,7 @@ __global__ void __launch_bounds__(kWarp) combine_kernel(const __grid_constant__ 
       sum.x += weight * values.x;
       sum.y += weight * values.y;
     }
-    uint32_t words[kWordsOfPair<T>];
-    set_pair<T>(words, 0, sum.x / total, sum.y / total);
-    memcpy(out + at, words, sizeof(words));
+    *reinterpret_cast<uint32_t*>(out + at) = pack<T>(sum.x / total, sum.y / total);
   }
 }
 
@@ -347,29 +340,26 @@ struct ScatterShared {
   float* log_total = shift + kTensorRows;
 };
 
-size_t scatter_bytes(const TensorAttention& params, int columns) {
-  const size_t rows = static_cast<size_t>(columns) * kAllRowsBytes;
-  return (params.pose_value == nullptr ? 1 : 2) * rows + sizeof(float) * 2 * kTensorRows;
-}
+// Tensors of all rows in shared memory: Q, and U for an update.
+int held_by_scatter(const TensorAttention& params) { return params.pose_value == nullptr ? 1 : 2; }
 
-// The rows of U into columns, as stage_rows; but within each group, word w of unit c becomes a word of block w / (words
-// of a pair): then a thread's results of the group's blocks are neighbours, of unit c.
+// The rows of U into columns, as stage_rows; but within each group, word w of unit c becomes word c of unit w: then what
+// a thread holds of the group's four blocks of results are neighbours, unit c.
 template <typename T, int kColumns>
 __device__ void stage_pose_value(char* columns, const T* rows, int count, int width) {
   constexpr int kUnits = kColumns * kRowBytes / 16;
   for (int i = threadIdx.x; i < kTensorRows * kUnits; i += kStripThreads) {
     const int position = i / kUnits, unit = i % kUnits, row = row_at(position);
-    const bool valid = row < count && unit * kElementsOfUnit<T> < width;
+    const bool valid = row < count && unit * kUnit < width;
     uint4 given = {};
-    if (valid) given = *reinterpret_cast<const uint4*>(rows + row * width + unit * kElementsOfUnit<T>);
+    if (valid) given = *reinterpret_cast<const uint4*>(rows + row * width + unit * kUnit);
     uint32_t words[4];
     memcpy(words, &given, sizeof(words));
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      constexpr int kWords = kWordsOfPair<T>;
-      const int word = (w / kWords * kUnitsOfGroup + unit % kUnitsOfGroup) * kWords + w % kWords;  // of the group
-      const int target = unit % 8 / kUnitsOfGroup * kUnitsOfGroup + word / 4;
-      memcpy(columns + unit / 8 * kAllRowsBytes + spread(position, target) + word % 4 * 4, &words[w], sizeof(words[w]));
+      const int target = unit % 8 / kUnitsOfGroup * kUnitsOfGroup + w;
+      *reinterpret_cast<uint32_t*>(columns + unit / 8 * kAllRowsBytes + spread(position, target) +
+                                   unit % kUnitsOfGroup * 4) = words[w];
     }
   }
 }
@@ -402,40 +392,32 @@ __device__ void store_importance(const TensorAttention& params, int64_t sample, 
 template <typename T>
 __device__ void store_update(const TensorAttention& params, int64_t sample, int patch, const Group& tokens,
                              const StripScores& attention, const char* pose_value, int index) {
-  constexpr int kBlocks = kElementsOfGroup<T> / kBlock;
-  constexpr int kSteps = kTensorRows * sizeof(T) / 32;
-  constexpr int kUnitsOfBlock = kBlock / kElementsOfUnit<T>;
-  float updated[kBlocks][4];
+  constexpr int kBlocks = kGroup / kBlock;
+  float update[kBlocks][4] = {};
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-      const float2 pair = pair_of<T>(tokens[lower], block);
-      updated[block][2 * lower] = pair.x;
-      updated[block][2 * lower + 1] = pair.y;
-    }
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < kTensorRows / 16; ++step) {
     uint32_t a[4];
     operand_of<T>(a, attention, step);
 #pragma unroll
     for (int block = 0; block < kBlocks; block += 2) {
       uint32_t b[4];
-      load_across<T>(b, pose_value + index / 2 * kAllRowsBytes, step,
-                     index % 2 * kUnitsOfGroup + block * kUnitsOfBlock, spread);
-      mma<T>(updated[block], a, b[0], b[1]);
-      mma<T>(updated[block + 1], a, b[2], b[3]);
+      load_across(b, pose_value + index / 2 * kAllRowsBytes, step, index % 2 * kUnitsOfGroup + block, spread);
+      mma<T>(update[block], a, b[0], b[1]);
+      mma<T>(update[block + 1], a, b[2], b[3]);
     }
   }
-  const int at = index * kElementsOfGroup<T> + lane_word() * kElementsOfUnit<T>;
+  const int at = index * kGroup + lane_word() * kUnit;
   T* out = static_cast<T*>(params.patches_out) + (sample * params.patches + patch + lane_row()) * params.width + at;
 #pragma unroll
   for (int lower = 0; lower < 2; ++lower) {
     if (at >= params.width || patch + lane_row() + kBlock * lower >= params.patches) continue;
     uint32_t words[4];
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
-      set_pair<T>(words, block, updated[block][2 * lower], updated[block][2 * lower + 1]);
+    for (int block = 0; block < kBlocks; ++block) {
+      float first, second;
+      unpack<T>(tokens[lower][block], first, second);
+      words[block] = pack<T>(first + update[block][2 * lower], second + update[block][2 * lower + 1]);
+    }
     store_words(out + lower * kBlock * params.width, words);
   }
 }
@@ -460,10 +442,10 @@ class AttentionRows {
       : params_(params), patch_(patch + lane_row()),
         first_(static_cast<T*>(params.attention) + (sample * params.patches + patch_) * params.attention_stride),
         aligned_(reinterpret_cast<uintptr_t>(params.attention) % 16 == 0 &&
-                  params.attention_stride % kElementsOfUnit<T> == 0) {}
+                  params.attention_stride % kUnit == 0) {}
 
   __device__ void store_tokens(const Group& tokens, int index) const {
-    const int at = index * kElementsOfGroup<T> + lane_word() * kElementsOfUnit<T>;
+    const int at = index * kGroup + lane_word() * kUnit;
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower)
       if (valid(lower)) store_neighbours(row(lower) + at, tokens[lower], params_.channels - at, aligned_);
@@ -475,10 +457,9 @@ class AttentionRows {
 #pragma unroll
       for (int lower = 0; lower < 2; ++lower) {
         const int at = 2 * kBlock * pair + 4 * lane_word();
-        uint32_t words[2 * kWordsOfPair<T>];
+        uint32_t words[2];
 #pragma unroll
-        for (int side = 0; side < 2; ++side)
-          set_pair<T>(words, side, s[2 * pair + side][2 * lower], s[2 * pair + side][2 * lower + 1]);
+        for (int i = 0; i < 2; ++i) words[i] = pack<T>(s[2 * pair + i][2 * lower], s[2 * pair + i][2 * lower + 1]);
         if (valid(lower))
           store_neighbours(row(lower) + params_.channels + at, words, params_.attention_rows - at, aligned_);
       }
@@ -547,24 +528,23 @@ __global__ void __launch_bounds__(kStripThreads, kUpdate ? 1 : resident_blocks(k
 }
 
 // How the rows and patches are shared out, and where everything lies in the workspace. No row parts: they do not fit.
-template <typename T, int kColumns>
+template <int kColumns>
 Launch plan(const TensorAttention& params) {
   Launch launch{};
   launch.params = params;
-  constexpr int kResident = resident_blocks(kColumns);
-  const int64_t strips = ceil_div(params.rows, kStrip), tiles = ceil_div(params.patches, kTile<T, kColumns>);
-  const int64_t tile_bytes = static_cast<int64_t>(kStages) * kColumns * kTileColumnBytes<T, kColumns>;
+  const int64_t strips = ceil_div(params.rows, kStrip), tiles = ceil_div(params.patches, kTile<kColumns>);
+  const int64_t tile_bytes = static_cast<int64_t>(kStages) * kColumns * kTileColumnBytes<kColumns>;
   const int64_t row_bytes = static_cast<int64_t>(kColumns) * kStrip * kRowBytes;
   const int64_t fitting = (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - tile_bytes) / row_bytes;
   if (fitting < 1) return launch;
   launch.row_parts = static_cast<int32_t>(ceil_div(strips, fitting));
   launch.gather_warps = static_cast<int32_t>(ceil_div(strips, launch.row_parts));
-  launch.shares = choose_shares(tiles, params.batch * launch.row_parts, kResident, kGatherOverhead);
+  launch.shares = choose_shares(tiles, params.batch * launch.row_parts, resident_blocks(kColumns), kGatherOverhead);
   launch.tiles_per_share = static_cast<int32_t>(ceil_div(tiles, launch.shares));
   launch.shares = static_cast<int32_t>(ceil_div(tiles, launch.tiles_per_share));  // none is empty
   const int64_t turns = ceil_div(params.patches, kStrip * kStripWarps);
   launch.scatter_shares =
-      choose_shares(turns, params.batch, params.pose_value == nullptr ? kResident : 1, kScatterOverhead);
+      choose_shares(turns, params.batch, params.pose_value == nullptr ? resident_blocks(kColumns) : 1, kScatterOverhead);
   launch.strips_per_share = static_cast<int32_t>(ceil_div(turns, launch.scatter_shares) * kStripWarps);
   if (params.given_lse) return launch;
   const int64_t rows = static_cast<int64_t>(params.batch) * kTensorRows;
@@ -577,14 +557,11 @@ Launch plan(const TensorAttention& params) {
   return launch;
 }
 
-template <typename T, int kColumns>
+template <typename T, int kColumns, bool kUpdate>
 cudaError_t launch_scatter(const Launch& launch_plan) {
   const TensorAttention& params = launch_plan.params;
-  if (params.pose_value == nullptr && params.importance == nullptr && params.attention == nullptr) return cudaSuccess;
-  const auto kernel =
-      params.pose_value != nullptr ? scatter_kernel<T, kColumns, true> : scatter_kernel<T, kColumns, false>;
-  return launch(kernel, static_cast<int64_t>(launch_plan.scatter_shares) * params.batch, kStripThreads,
-                scatter_bytes(params, kColumns), params.stream, launch_plan);
+  return launch(scatter_kernel<T, kColumns, kUpdate>, static_cast<int64_t>(launch_plan.scatter_shares) * params.batch,
+                kStripThreads, held_bytes(kUpdate ? 2 : 1, kColumns), params.stream, launch_plan);
 }
 
 template <typename T, int kColumns>
@@ -592,33 +569,30 @@ cudaError_t launch_all(const Launch& launch_plan) {
   const TensorAttention& params = launch_plan.params;
   const int64_t batch = params.batch;
   const size_t gather_bytes = static_cast<size_t>(kColumns) * (launch_plan.gather_warps * kStrip * kRowBytes +
-                                                               kStages * kTileColumnBytes<T, kColumns>);
+                                                               kStages * kTileColumnBytes<kColumns>);
   cudaError_t error = cudaSuccess;
   if (!params.given_lse)
     error = launch(gather_kernel<T, kColumns>, launch_plan.shares * launch_plan.row_parts * batch,
                    launch_plan.gather_warps * kWarp, gather_bytes, params.stream, launch_plan);
   if (error == cudaSuccess && !params.given_lse && launch_plan.shares > 1)
     error = launch(combine_kernel<T>, batch * params.rows, kWarp, 0, params.stream, launch_plan);
-  return error == cudaSuccess ? launch_scatter<T, kColumns>(launch_plan) : error;
+  if (error != cudaSuccess) return error;
+  if (params.pose_value != nullptr) return launch_scatter<T, kColumns, true>(launch_plan);
+  if (params.importance != nullptr || params.attention != nullptr)
+    return launch_scatter<T, kColumns, false>(launch_plan);
+  return cudaSuccess;
 }
 
 template <typename T>
 cudaError_t launch_width(const TensorAttention& params) {
-  return with_columns<T>(params.width, [&](auto columns) {
+  return with_columns(params.width, [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
-    return launch_all<T, kColumns>(plan<T, kColumns>(params));
+    return launch_all<T, kColumns>(plan<kColumns>(params));
   });
 }
 
-// The plan of either type of two bytes: that of the one is that of the other.
 Launch plan_of(const TensorAttention& params) {
-  return with_columns<__half>(params.width, [&](auto columns) { return plan<__half, decltype(columns)::value>(params); });
-}
-
-bool rows_fit(const TensorAttention& params) {
-  const int64_t columns = ceil_div(params.width, kElementsOfColumn<__half>);
-  const int64_t shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return static_cast<int64_t>(scatter_bytes(params, static_cast<int>(columns))) <= shared && plan_of(params).row_parts > 0;
+  return with_columns(params.width, [&](auto columns) { return plan<decltype(columns)::value>(params); });
 }
 
 }  // namespace
@@ -627,8 +601,8 @@ bool mma_attention_serves(const TensorAttention& params) {
   return (params.dtype == kFloat16 || params.dtype == kBFloat16) && params.rows <= kTensorRows &&
          params.width <= kTensorWidth && params.width % kUnit == 0 && params.tokens_batch_stride % kUnit == 0 &&
          params.tokens_patch_stride % kUnit == 0 && aligned(params.query) && aligned(params.tokens) &&
-         aligned(params.pose_value) && aligned(params.context) && aligned(params.patches_out) &&
-         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 && rows_fit(params);
+         aligned(params.pose_value) && aligned(params.context) && aligned(params.patches_out) && has_tensor_cores() &&
+         rows_fit(held_by_scatter(params), params.width) && plan_of(params).row_parts > 0;
 }
 
 int64_t mma_attention_workspace(const TensorAttention& params) {

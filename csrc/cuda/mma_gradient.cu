@@ -22,6 +22,9 @@ namespace {
 
 constexpr int64_t kOverhead = 2;  // what a block costs beside its strips, in turns of its warps
 
+// Blocks that share a multiprocessor.
+constexpr int resident_blocks(int columns, int factors) { return columns * factors == 1 ? 2 : 1; }
+
 // T with dO and dX with U: what is there of the two. Without rows: zero.
 struct Factors {
   PatchRows patches;
@@ -34,10 +37,6 @@ struct Plan {
   int32_t shares;
   int32_t strips_per_share;
 };
-
-// Of a thread: four neighbouring rows of 16, of patches r and r + 8.
-template <typename T>
-using RowWords = uint32_t[kRowBlocks / 2][2][2 * kWordsOfPair<T>];
 
 template <typename T>
 __device__ const T* patch_of(const PatchRows& tensor, int64_t sample, int64_t patch) {
@@ -71,26 +70,27 @@ __device__ T* weights_of(const TensorGradient& params, int64_t sample, int patch
 
 template <typename T>
 __device__ void store_gradient(const TensorGradient& params, int64_t sample, int patch, const StripScores& s,
-                               const RowWords<T>& attention, const float* delta) {
+                               const float* delta) {
   // With one patch A is 1 whatever its score, so dS is 0 and not a rounding error.
   const float scale = params.patches > 1 ? params.scale : 0.0f;
   const float outside[2] = {outside_gradient(params, sample, patch + lane_row()),
                             outside_gradient(params, sample, patch + lane_row() + kBlock)};
   for_each_four(params, patch, [&](int pair, int lower, int row, int at) {
-    uint32_t words[2 * kWordsOfPair<T>];
+    uint32_t attention[2], words[2];
+    load_words(attention, weights_of<T>(params, sample, at) + row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 weight = pair_of<T>(attention[pair][lower], half);
-      float gradient[2];
+      float weight[2], gradient[2];
+      unpack<T>(attention[half], weight[0], weight[1]);
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int own = row + 2 * half + side;
         float arrived = s[2 * pair + half][2 * lower + side] + outside[lower];
         if (params.grad_attention.data != nullptr && own < params.rows)
           arrived += to_float(patch_of<T>(params.grad_attention, sample, at)[own]);
-        gradient[side] = own < params.rows ? scale * (side ? weight.y : weight.x) * (arrived - delta[own]) : 0.0f;
+        gradient[side] = own < params.rows ? scale * weight[side] * (arrived - delta[own]) : 0.0f;
       }
-      set_pair<T>(words, half, gradient[0], gradient[1]);
+      words[half] = pack<T>(gradient[0], gradient[1]);
     }
     store_words(weights_of<T>(params, sample, at) + params.padded_rows + row, words);
   });
@@ -98,7 +98,8 @@ __device__ void store_gradient(const TensorGradient& params, int64_t sample, int
 
 // Block share + shares · sample; strip first + warp + 8 · turn of the share.
 template <typename T, int kColumns, int kFactors>
-__global__ void __launch_bounds__(kStripThreads, 1) gradient_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kStripThreads, resident_blocks(kColumns, kFactors))
+    gradient_kernel(const __grid_constant__ Plan plan) {
   constexpr int kGroups = 2 * kColumns;
   const TensorGradient& params = plan.params;
   const int share = blockIdx.x % plan.shares;
@@ -126,10 +127,6 @@ __global__ void __launch_bounds__(kStripThreads, 1) gradient_kernel(const __grid
 
   for (int strip = share * plan.strips_per_share + block_warp(); strip < end; strip += kStripWarps) {
     const int patch = strip * kStrip;
-    RowWords<T> attention;
-    for_each_four(params, patch, [&](int pair, int lower, int row, int at) {
-      load_words(attention[pair][lower], weights_of<T>(params, sample, at) + row);
-    });
     Group tokens[kGroups];
     const auto reader = reader_of(0, strip);
 #pragma unroll
@@ -144,12 +141,8 @@ __global__ void __launch_bounds__(kStripThreads, 1) gradient_kernel(const __grid
         if (factor + 1 < kFactors) next.read(tokens[index], index);
       }
     }
-    store_gradient<T>(params, sample, patch, s, attention, delta);
+    store_gradient<T>(params, sample, patch, s, delta);
   }
-}
-
-size_t shared_bytes(int factors, int64_t columns) {
-  return static_cast<size_t>(factors) * columns * kAllRowsBytes + sizeof(float) * kTensorRows;
 }
 
 // Products of a strip: one also where no gradient needs any.
@@ -174,11 +167,11 @@ template <typename T>
 cudaError_t launch_width(const Plan& plan) {
   const TensorGradient& params = plan.params;
   const int factors = factors_of(params);
-  return with_columns<T>(params.width, [&](auto columns) {
+  return with_columns(params.width, [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
     const auto kernel = factors == 2 ? gradient_kernel<T, kColumns, 2> : gradient_kernel<T, kColumns, 1>;
     return launch(kernel, static_cast<int64_t>(plan.shares) * params.batch, kStripThreads,
-                  shared_bytes(factors, kColumns), params.stream, plan);
+                  held_bytes(factors, kColumns), params.stream, plan);
   });
 }
 
@@ -190,13 +183,11 @@ bool served(const PatchRows& rows) {
 }  // namespace
 
 bool mma_gradient_serves(const TensorGradient& params) {
-  if (params.dtype != kFloat16 && params.dtype != kBFloat16) return false;
-  const size_t shared = shared_bytes(factors_of(params), ceil_div(params.width, kElementsOfColumn<__half>));
-  return params.rows <= kTensorRows && params.padded_rows % kUnit == 0 && params.width <= kTensorWidth &&
-         params.width % kUnit == 0 && served(params.tokens) && served(params.grad_patches) &&
-         aligned(params.grad_context) && aligned(params.pose_value) && aligned(params.weights) &&
-         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8 &&
-         shared <= static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return (params.dtype == kFloat16 || params.dtype == kBFloat16) && params.rows <= kTensorRows &&
+         params.padded_rows % kUnit == 0 && params.width <= kTensorWidth && params.width % kUnit == 0 &&
+         served(params.tokens) && served(params.grad_patches) && aligned(params.grad_context) &&
+         aligned(params.pose_value) && aligned(params.weights) && has_tensor_cores() &&
+         rows_fit(factors_of(params), params.width);
 }
 
 extern "C" cudaError_t mma_gradient(const TensorGradient* params) {

@@ -1,11 +1,10 @@
 // What the kernels of attention on warps' tensor cores (mma.h) share: rows of all heads in shared memory, strips of 16
 // patches in the registers of a warp. For .cu files only.
 //
-// A column of shared memory is 128 bytes of every row, as in tiles.h, but of any element type. Two orders make loads and
-// stores of whole 16 bytes possible; both are undone where it does not matter, in the order of a sum:
+// Two orders make loads and stores of whole units possible, where the order does not matter:
 //
-//   elements   A thread holds, of each group of four units (64 bytes) of a patch, the unit c, and says that its words are
-//              0 and 4, then 1 and 5, of K. Rows are read alike.
+//   elements   A thread holds, of each group of four units of a patch, unit c, and takes its eight elements for those
+//              that a thread holds of two products. Rows are read alike, and a sum has no order.
 //   rows       Position p of shared memory holds row row_at(p): what a thread holds of 16 scores of a patch are four
 //              neighbouring rows.
 #pragma once
@@ -32,14 +31,7 @@ constexpr int kStripThreads = kStripWarps * kWarp;
 constexpr int kAllRowsBytes = kTensorRows * kRowBytes;   // a column of all rows
 constexpr int kUnitsOfGroup = 4;
 
-template <typename T>
-constexpr int kElementsOfUnit = 16 / sizeof(T);
-template <typename T>
-constexpr int kElementsOfColumn = kRowBytes / sizeof(T);
-template <typename T>
-constexpr int kElementsOfGroup = kUnitsOfGroup * kElementsOfUnit<T>;
-template <typename T>
-constexpr int kWordsOfPair = sizeof(T) / 2;  // two neighbouring elements
+constexpr int kGroup = kUnitsOfGroup * kUnit;             // elements
 
 using StripScores = float[kRowBlocks][4];  // [16 patches, 144 rows] as products leave them
 using Group = uint32_t[2][4];              // unit c of a group, of patches r and r + 8
@@ -56,22 +48,6 @@ __host__ __device__ constexpr int row_at(int position) {
 // are in different banks.
 __host__ __device__ constexpr int spread(int position, int unit) {
   return position * kRowBytes + ((unit ^ ((position & 1) << 2 | (position >> 1 & 3))) << 4);
-}
-
-// Two neighbouring elements, the `pair`-th of some words.
-template <typename T>
-__device__ float2 pair_of(const uint32_t* words, int pair) {
-  T elements[2];
-  memcpy(elements, words + pair * kWordsOfPair<T>, sizeof(elements));
-  return float2{to_float(elements[0]), to_float(elements[1])};
-}
-
-template <typename T>
-__device__ void set_pair(uint32_t* words, int pair, float first, float second) {
-  T elements[2];
-  from_float(first, elements[0]);
-  from_float(second, elements[1]);
-  memcpy(words + pair * kWordsOfPair<T>, elements, sizeof(elements));
 }
 
 // Two or four words in one piece; `out` is aligned to as many bytes.
@@ -96,33 +72,21 @@ __device__ void load_words(uint32_t (&words)[kWords], const void* from) {
   }
 }
 
-// A of a product over rows or patches, from blocks of its sums: the `step`-th 32 bytes of K.
+// A of a product over rows or patches, from blocks of its sums: of the `step`-th 16.
 template <typename T>
 __device__ void operand_of(uint32_t (&a)[4], const float (*blocks)[4], int step) {
-  if constexpr (sizeof(T) == 4) {
-    const float(&block)[4] = blocks[step];
-    const float in_order[4] = {block[0], block[2], block[1], block[3]};
-    memcpy(a, in_order, sizeof(a));
-  } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) set_pair<T>(&a[i], 0, blocks[2 * step + i / 2][i % 2 * 2], blocks[2 * step + i / 2][i % 2 * 2 + 1]);
+  for (int i = 0; i < 4; ++i) {
+    const float* pair = &blocks[2 * step + i / 2][i % 2 * 2];
+    a[i] = pack<T>(pair[0], pair[1]);
   }
 }
 
-// B for two neighbouring blocks of columns and the `step`-th 32 bytes of K, which run over rows of shared memory; the
-// blocks start at unit `unit` of the column. place(row, unit) says where a unit lies.
-template <typename T, typename Place>
+// B for two neighbouring blocks of columns, which are units `unit` and the one after, and the `step`-th 16 rows of a
+// column of shared memory. place(row, unit) says where a unit lies.
+template <typename Place>
 __device__ void load_across(uint32_t (&b)[4], const char* column, int step, int unit, Place place) {
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = kBlock * step + 2 * lane_word() + i % 2;
-      const int word = kBlock * (i / 2) + lane_row();
-      memcpy(&b[i], column + place(row, unit + word / 4) + word % 4 * 4, sizeof(uint32_t));
-    }
-  } else {
-    load_transposed(b, column + place(16 * step + lane() / 8 % 2 * 8 + lane() % 8, unit + lane() / 16));
-  }
+  load_transposed(b, column + place(16 * step + lane() / 8 % 2 * 8 + lane() % 8, unit + lane() / 16));
 }
 
 // Copies the rows of one sample, `width` elements each, into columns: position p receives row row_at(p).
@@ -131,9 +95,9 @@ __device__ void stage_rows(char* columns, const T* rows, int count, int width) {
   constexpr int kUnits = kColumns * kRowBytes / 16;
   for (int i = threadIdx.x; i < kTensorRows * kUnits; i += kStripThreads) {
     const int position = i / kUnits, unit = i % kUnits, row = row_at(position);
-    const bool valid = row < count && unit * kElementsOfUnit<T> < width;
+    const bool valid = row < count && unit * kUnit < width;
     copy_unit(columns + unit / 8 * kAllRowsBytes + spread(position, unit % 8),
-              valid ? rows + row * width + unit * kElementsOfUnit<T> : rows, valid);
+              valid ? rows + row * width + unit * kUnit : rows, valid);
   }
 }
 
@@ -142,16 +106,17 @@ template <typename T, int kColumns>
 class StripReader {
  public:
   __device__ StripReader(const T* tokens, int64_t stride, int first, int patches, int width)
-      : width_(width - lane_word() * kElementsOfUnit<T>) {
+      : width_(width - lane_word() * kUnit) {
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower)
       rows_[lower] = tokens + min(first + lane_row() + kBlock * lower, patches - 1) * stride +
-                     lane_word() * kElementsOfUnit<T>;
+                     lane_word() * kUnit;
   }
 
   __device__ void read(Group& group, int index) const {
-    const int element = index * kElementsOfGroup<T>;
-    const bool inside = element < (kColumns - 1) * kElementsOfColumn<T> || element < width_;
+    const int element = index * kGroup;
+    // Only of the last column some elements may be missing.
+    const bool inside = element < (kColumns - 1) * kColumn || element < width_;
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
       const uint4 zero = {};
@@ -190,10 +155,12 @@ __device__ void for_each_row(Function function) {
     for (int side = 0; side < 2; ++side) function(row_at(kBlock * block + 2 * lane_word() + side), block, side);
 }
 
-// Calls function(std::integral_constant<int, columns>{}) for as many columns of 128 bytes as the width has.
-template <typename T, typename Function>
+inline int columns_of(int32_t width) { return static_cast<int>(ceil_div(width, kColumn)); }
+
+// Calls function(std::integral_constant<int, columns>{}) for as many columns as hold the width.
+template <typename Function>
 auto with_columns(int32_t width, Function function) {
-  switch (ceil_div(width, kElementsOfColumn<T>)) {
+  switch (columns_of(width)) {
     case 1:
       return function(std::integral_constant<int, 1>{});
     case 2:
@@ -204,5 +171,17 @@ auto with_columns(int32_t width, Function function) {
       return function(std::integral_constant<int, 4>{});
   }
 }
+
+// Shared memory of a kernel that holds `held` tensors of all rows and two floats per row.
+constexpr int64_t held_bytes(int held, int64_t columns) {
+  return held * columns * kAllRowsBytes + static_cast<int64_t>(sizeof(float)) * 2 * kTensorRows;
+}
+
+// Whether it fits the current device.
+inline bool rows_fit(int held, int32_t width) {
+  return held_bytes(held, columns_of(width)) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+inline bool has_tensor_cores() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
 
 }  // namespace liftbyimage::cuda

@@ -1,15 +1,16 @@
-"""The backward of attention to one head of tokens that are key and value, on Hopper's tensor cores.
+"""The backward of attention to one head of tokens that are key and value, on tensor cores.
 
     A = exp(scale · T Qᵀ − lse)                        weigh_patches          csrc/cuda/tensor_attention.cu
     dU = Aᵀ dX                                         a matrix product
     δ = ⟨O, dO⟩ + ⟨U, dU⟩ + Σ_p A (g/R + dAttention)   per row
     dS = scale · A ∘ (T dOᵀ + dX Uᵀ + g/R + dAttention − δ)
-                                                       differentiate_scores   csrc/cuda/tensor_gradient.cu
+                                                       differentiate_scores
     dQ = dSᵀ T                                         a matrix product
     dT = [A | dS] [dO ; Q] + dX                        a matrix product
 
 A and dS lie side by side in one buffer of the size of the attention of `SAMPLES_AT_ONCE` samples, whatever the batch;
-forward keeps nothing of that size. The matrix products are the vendor's, and sum in float32.
+forward keeps nothing of that size. The matrix products are the vendor's, and sum in float32. The two kernels are those
+of csrc/cuda/tensor_attention.cu and tensor_gradient.cu on Hopper, else of mma_attention.cu and mma_gradient.cu.
 """
 
 from __future__ import annotations

@@ -149,12 +149,6 @@ inline float __fmul_ru(float a, float b) {
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 
-inline float __uint_as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));

@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -44,39 +43,32 @@ inline void load_transposed(uint32_t (&matrix)[4], const void* row) {
 
 inline int recomputed(int value) { return value; }
 
-inline uint32_t nearest_tf32(float value) {
-  uint32_t bits = __float_as_uint(value);
-  if (std::isfinite(value)) bits += 0x1000u;  // half of the last bit that is kept: ties away from zero
-  return bits & 0xffffe000u;
-}
-
 inline uint64_t both(uint32_t first, uint32_t second) { return first | static_cast<uint64_t>(second) << 32; }
 
-// The 32 bytes of K of which thread c of four holds words c and c + 4, in these pairs.
+// The 16 elements of which thread c of four holds pairs c and c + 4, two such pairs each.
 template <typename T>
-void elements_of(float (&elements)[32 / sizeof(T)], const uint64_t* pairs) {
+void elements_of(float (&elements)[16], const uint64_t* pairs) {
   uint32_t words[8];
   for (int c = 0; c < 4; ++c) {
     words[c] = static_cast<uint32_t>(pairs[c]);
     words[c + 4] = static_cast<uint32_t>(pairs[c] >> 32);
   }
-  T values[32 / sizeof(T)];
+  T values[16];
   std::memcpy(values, words, sizeof(values));
-  for (size_t k = 0; k < 32 / sizeof(T); ++k) elements[k] = to_float(values[k]);
+  for (int k = 0; k < 16; ++k) elements[k] = to_float(values[k]);
 }
 
 template <typename T>
-void mma_once(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  constexpr int kDepth = 32 / sizeof(T);
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int lane = emulate::Block::current()->lane();
-  float left[2][kDepth], right[2][kDepth];
+  float left[2][16], right[2][16];
   for (int lower = 0; lower < 2; ++lower)
     elements_of<T>(left[lower],
                    of_lanes<4>(both(a[lower], a[2 + lower]), [&](int c) { return lane / 4 * 4 + c; }).data());
   const auto columns = of_lanes<8>(both(b0, b1), [&](int i) { return (lane % 4 * 2 + i / 4) * 4 + i % 4; });
   for (int side = 0; side < 2; ++side) elements_of<T>(right[side], columns.data() + 4 * side);
   for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < kDepth; ++k) d[i] += left[i / 2][k] * right[i % 2][k];
+    for (int k = 0; k < 16; ++k) d[i] += left[i / 2][k] * right[i % 2][k];
 }
 
 }  // namespace liftbyimage::cuda
