@@ -176,7 +176,7 @@ def _sample_calls(device: str) -> dict[str, tuple[Tensor, ...]]:
 
 
 def _rows(op: str, devices: list[str]) -> list[dict[str, Any]]:
-    from liftbyimage.ops._dispatch import demanded_backend
+    from liftbyimage.ops._dispatch import demanded_backend, first_choice
     from liftbyimage.ops._explain import backends_of
 
     backends = backends_of(op)
@@ -187,9 +187,9 @@ def _rows(op: str, devices: list[str]) -> list[dict[str, Any]]:
         tensors = _sample_calls(device)[op]
         reasons = [backend.why_not(*tensors) for backend in backends]
         # Not `select`, which raises where the demanded backend cannot serve: that is to be shown.
-        able = [backend.name for backend, reason in zip(backends, reasons, strict=True) if reason is None]
-        demanded = demanded_backend()
-        chosen = able[0] if demanded is None else demanded
+        first = first_choice(backends, *tensors)
+        assert first is not None
+        chosen = demanded_backend() or first.name
         for row, reason in zip(rows, reasons, strict=True):
             row[device] = {"why_not": reason, "chosen": reason is None and row["backend"] == chosen}
     return rows

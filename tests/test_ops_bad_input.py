@@ -590,8 +590,8 @@ def test_the_cpu_residual_attention_is_not_for_float16():
 AMPERE_BYTES, GEFORCE_BYTES = 163 << 10, 99 << 10  # of shared memory that a block may use
 
 
-def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), shared=AMPERE_BYTES, **sizes):
-    """Why the CUDA backend cannot serve values that are not there, on a GPU that is not there either."""
+def statuses_on_gpu(monkeypatch, op="attend_patches", capability=(9, 0), shared=AMPERE_BYTES, **sizes):
+    """What the backends say of values that are not there, on a GPU that is not there either, by their names."""
     properties = types.SimpleNamespace(shared_memory_per_block_optin=shared)
     monkeypatch.setattr(_extension, "CUDA_MISSING", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -610,10 +610,14 @@ def tensor_core_reason(monkeypatch, op="attend_patches", capability=(9, 0), shar
         tensors = (query, new(5)) if op == "guide_patches" else (query, tokens, value)
         if op == "pose_guided_attention":
             tensors = (*tensors, query, tokens)
-        reasons = {status.name: status.why_not for status in ops.explain(op, *tensors)}
+        statuses = {status.name: status for status in ops.explain(op, *tensors)}
     for clear in forget:
         clear()
-    return reasons["cuda"]
+    return statuses
+
+
+def tensor_core_reason(monkeypatch, *arguments, **sizes):
+    return statuses_on_gpu(monkeypatch, *arguments, **sizes)["cuda"].why_not
 
 
 @pytest.mark.parametrize(
@@ -634,6 +638,18 @@ def test_tensor_cores_say_what_they_do_not_serve(monkeypatch, op, sizes, expecte
     if op == "pose_guided_attention" and sizes.get("dtype") == torch.float32:
         expected = None  # in plain arithmetic
     assert tensor_core_reason(monkeypatch, op, **sizes) == expected
+
+
+@pytest.mark.parametrize(
+    "demanded, dtype, serving",
+    [(None, torch.bfloat16, "cuda"), (None, torch.float32, "reference"), ("cuda", torch.float32, "cuda")],
+)
+def test_known_slower_kernels_serve_where_they_are_demanded(monkeypatch, demanded, dtype, serving):
+    if demanded is not None:
+        monkeypatch.setenv("LIFTBYIMAGE_BACKEND", demanded)
+    statuses = statuses_on_gpu(monkeypatch, "pose_guided_attention", dtype=dtype)
+    assert [name for name, status in statuses.items() if status.serves] == [serving]
+    assert statuses["cuda"].why_not is None
 
 
 def test_rows_of_an_update_must_fit_beside_the_query(monkeypatch):

@@ -1,8 +1,9 @@
 """Choosing the implementation that serves a call, and saying why the others do not.
 
 A `Backend` states in `why_not` the one reason it cannot serve given arguments, or None. The first backend of an op's
-`BACKENDS` without a reason serves. A backend demanded by `backend=` or by the environment variable
-`LIFTBYIMAGE_BACKEND` must serve, or its reason is raised: nothing falls back silently.
+`BACKENDS` without a reason serves, but for those that are known to be slower than the reference. A backend demanded by
+`backend=` or by the environment variable `LIFTBYIMAGE_BACKEND` must serve, or its reason is raised: nothing falls back
+silently.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ NATIVE_WIDTH_LIMIT = 512
 Input = TypeVar("Input", bound="Tensor | None")
 
 
+def no(*tensors: Tensor) -> bool:
+    return False
+
+
 class Backend(NamedTuple):
     """One implementation of an op.
 
     `why_not(*tensors)` gives the reason it cannot serve, or None. `forward` and `backward` take and return what the
     op's raw schema says; both are None for the reference, whose gradients are PyTorch's own.
     `batch_independent`: a sample's result does not depend on the rest of its batch (bitwise).
+    `slower(*tensors)`: whether a measurement found the reference faster; then it serves only where it is demanded.
     """
 
     name: str
@@ -38,6 +44,7 @@ class Backend(NamedTuple):
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
     batch_independent: bool = False
+    slower: Callable[..., bool] = no
 
 
 def demanded_backend() -> str | None:
@@ -45,15 +52,25 @@ def demanded_backend() -> str | None:
     return os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
+def first_choice(backends: Sequence[Backend], *tensors: Tensor) -> Backend | None:
+    """The backend that serves `tensors` where none is demanded."""
+    for backend in backends:
+        if backend.why_not(*tensors) is None and not backend.slower(*tensors):
+            return backend
+    return None
+
+
 def select(op: str, backends: Sequence[Backend], requested: str | None, *tensors: Tensor) -> Backend:
-    """The backend that serves `tensors`: the requested one, else the first without a reason not to.
+    """The backend that serves `tensors`: the requested one, else the first choice.
 
     Raises:
         ValueError: the requested name is unknown, or that backend cannot serve these arguments.
     """
     demanded = requested if requested is not None else demanded_backend()
     if demanded is None:
-        return next(backend for backend in backends if backend.why_not(*tensors) is None)
+        chosen = first_choice(backends, *tensors)
+        assert chosen is not None  # the reference serves everything
+        return chosen
     origin = f" (demanded by {ENVIRONMENT_VARIABLE})" if requested is None else ""
     names = [backend.name for backend in backends]
     if demanded not in names:
@@ -68,9 +85,10 @@ def select(op: str, backends: Sequence[Backend], requested: str | None, *tensors
 def has_kernel(backends: Sequence[Backend], *tensors: Tensor) -> bool:
     """Whether another backend than the reference serves `tensors`, under the environment's demand if there is one."""
     demanded = demanded_backend()
-    if demanded is not None:
-        backends = [backend for backend in backends if backend.name == demanded]
-    serving = next((backend for backend in backends if backend.why_not(*tensors) is None), None)
+    if demanded is None:
+        serving = first_choice(backends, *tensors)
+    else:
+        serving = next((one for one in backends if one.name == demanded and one.why_not(*tensors) is None), None)
     return serving is not None and serving.forward is not None
 
 
@@ -178,7 +196,8 @@ def _no_tensor_cores(device: torch.device) -> str | None:
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a block may use."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs know the property of CPU builds alone
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _gpu_dtype(*tensors: Tensor) -> str | None:

@@ -101,7 +101,7 @@ def _write_token_gradient(out: Tensor, weights: Tensor, incoming: Incoming, quer
     if incoming.patches is None:
         torch.bmm(left, right, out=out)
     else:
-        torch.baddbmm(incoming.patches, left, right, out=out)
+        out.copy_(incoming.patches).baddbmm_(left, right)  # baddbmm(out=…) copies twice on CUDA
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
