@@ -129,7 +129,11 @@ def fitting(stage: Stage, work: Work, device: Device) -> tuple[Plan, ...]:
 
 
 def _fits(stage: Stage, plan: Plan, work: Work, device: Device) -> bool:
-    return _registers(stage, plan, work) <= REGISTERS and _shared_bytes(stage, plan, work, device) <= device.shared
+    return (
+        device.pipelines(work.dtype, plan.tiles.num_stages)
+        and _registers(stage, plan, work) <= REGISTERS
+        and _shared_bytes(stage, plan, work, device) <= device.shared
+    )
 
 
 def _registers(stage: Stage, plan: Plan, work: Work) -> int:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import COMPILER, on_device, padded
+from ._resources import fenced
 
 
 @triton.jit(do_not_specialize=["rows", "count"])
@@ -71,7 +72,7 @@ def multiply_heads(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
     (batch, heads, count, inner), columns = x.shape, weight.shape[2]
     x = x if x.stride(3) == 1 else x.contiguous()
     if batch * count:
-        launch = plan(x.dtype, batch * count, inner, columns)
+        launch = fenced(plan(x.dtype, batch * count, inner, columns), x)
         grid = triton.cdiv(batch * count, launch["BLOCK_M"]) * heads * triton.cdiv(columns, launch["BLOCK_N"])
         with on_device(x):
             heads_kernel[(grid,)](

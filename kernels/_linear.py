@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._common import COMPILER, on_device, padded, tile
 from ._layer_norm import LARGEST_TILE, normalized, row_statistics
+from ._resources import fenced
 
 ENOUGH_PROGRAMS = 128  # about the multiprocessors of a large GPU
 
@@ -131,7 +132,7 @@ def linear(
     (rows, inner), columns = x.shape, weight.shape[0]
     out = x.new_empty(rows, columns)
     if rows:
-        launch = plan(x.dtype, rows, inner, columns, norm is not None)
+        launch = fenced(plan(x.dtype, rows, inner, columns, norm is not None), x)
         grid = programs(rows, columns, launch["BLOCK_M"], launch["BLOCK_N"])
         with on_device(x):
             linear_kernel[(grid,)](

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Literal, NamedTuple
+import re
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -27,16 +28,35 @@ ALIGNMENT = 1024  # bytes, of a tile that the tensor cores read from shared memo
 REGISTERS = 95  # of a thread's 255: beyond, compiled candidates spill for want of room for addresses and operands
 
 
+# Products of warp groups (wgmma, tcgen05) read shared memory past the path that cp.async writes it by: between the wait
+# for a copy and the product must stand a proxy fence, or the product may read what was there before. The first Triton
+# that puts one into loops with prefetched loads (num_stages above 1), by major compute capability, as found in compiled
+# code: 3.5.0 to 3.7.0 never do, and 3.7.1 and 3.8.0 leave out some of those for 10. Loops without prefetching have it
+# in every version. Other GPUs have no such products.
+FENCED_SINCE = {9: (3, 7, 1), 10: (3, 9), 11: (3, 9)}
+
+
+def fences_prefetched(major: int, version: str = triton.__version__) -> bool:
+    """Whether tensor cores of this compute capability read prefetched tiles safely, as that Triton compiles them."""
+    release = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return release >= FENCED_SINCE.get(major, ())
+
+
 class Device(NamedTuple):
     """What tiles must fit."""
 
     shared: int  # bytes that one block may have
     warp_groups: bool  # products still read a tile while the next is loaded: one buffer more (Hopper, B200)
     tensor_cores: bool = True  # False: products in float32, for which half precision is widened (before Ampere)
+    fenced: bool = True  # False: tensor cores must not read tiles that are loaded ahead (`FENCED_SINCE`)
+
+    def pipelines(self, dtype: torch.dtype, num_stages: int) -> bool:
+        """Whether a loop with products of this dtype may have so many stages; float32 has no tensor cores here."""
+        return num_stages == 1 or self.fenced or dtype == torch.float32
 
 
-# For tensors on no GPU (interpreted, or compiled ahead of time): the memory of an A100 and the buffers of an H100.
-NO_GPU = Device(163 * 1024, warp_groups=True)
+# For tensors on no GPU (interpreted, or compiled ahead of time): the memory of an A100, buffers and fences of an H100.
+NO_GPU = Device(163 * 1024, warp_groups=True, fenced=fences_prefetched(9))
 
 
 class Tiles(NamedTuple):
@@ -63,7 +83,15 @@ def device_of(tensor: Tensor) -> Device:
 def _device(index: int) -> Device:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     major, _ = torch.cuda.get_device_capability(index)
-    return Device(properties["max_shared_mem"], warp_groups=major in (9, 10, 11), tensor_cores=major >= 8)
+    return Device(properties["max_shared_mem"], major in (9, 10, 11), major >= 8, fences_prefetched(major))
+
+
+def fenced(launch: dict[str, Any], tensor: Tensor) -> dict[str, Any]:
+    """Constants and options of a launch whose products are in the dtype of `tensor`: without prefetching where the
+    device must not."""
+    if device_of(tensor).pipelines(tensor.dtype, launch["num_stages"]):
+        return launch
+    return launch | {"num_stages": 1}
 
 
 def shared_bytes(kernel: Kernel, tiles: Tiles, itemsize: int, value_is_key: bool, warp_groups: bool) -> int:

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import COMPILER, on_device, padded
+from ._resources import fenced
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -129,11 +130,12 @@ def plan(query_key_value: Tensor, heads: int) -> dict[str, Any]:
     block_t = padded(tokens)
     exact = query_key_value.dtype == torch.float32  # the FMA pipes: operands pass through registers
     chunk = padded(width, 16 if exact else 64 if width % 64 == 0 else 32)
-    return {
+    launch = {
         "HEADS": heads, "WIDTH": width, "BLOCK_T": block_t, "CHUNK": chunk,
         "PRECISION": "ieee" if exact else "tf32",
         "num_warps": block_t // (8 if exact else 16), "num_stages": 1 if exact else 2,
     } | COMPILER  # fmt: skip
+    return fenced(launch, query_key_value)
 
 
 def forward(query_key_value: Tensor, heads: int, scale: float) -> Tensor:

@@ -27,6 +27,7 @@ from pathlib import Path
 import aot_triton
 import cubin
 import cuda_launches
+import proxy_fences
 import torch
 
 from liftbyimage._files import write_atomically
@@ -57,6 +58,7 @@ class Kernel:
     local_accesses: int
     tensor_cores: str
     products: int | None = None  # Triton: matrix products in the kernel's text
+    unfenced: int = 0  # Triton: products on tensor cores that may read a copy before it is there for them
 
     def __str__(self) -> str:
         return ", ".join(part for part in (f"{self.source} {self.name}", self.use, self.architecture) if part)
@@ -115,6 +117,7 @@ def problems(kernel: Kernel) -> list[str]:
         f"{kernel.local_accesses} loads and stores of local memory": kernel.local_accesses > 0,
         f"{shared} bytes of shared memory, {chip.shared_of_block} are there": shared > chip.shared_of_block,
         f"{registers} registers of a block, {chip.registers} are there": registers > chip.registers,
+        f"{kernel.unfenced} products behind a copy without a proxy fence": kernel.unfenced > 0,
         f"tensor cores: expected {expected}, got {kernel.tensor_cores}": kernel.tensor_cores not in expected.split("|"),
     }
     return [f"{kernel}: {text}" for text, found in checks.items() if found]
@@ -201,21 +204,19 @@ def triton_kernels(every: bool, number: int, architecture: int) -> list[Kernel]:
     compiled = aot_triton.compiled(launch, architecture)
     [usage] = cubin.read(compiled.asm["cubin"])
     assert usage.threads == 32 * compiled.metadata.num_warps
-    return [
-        kernel_of(
-            usage,
-            str(launch.source.relative_to(ROOT)),
-            launch.kernel.__name__,
-            f"{launch.call}, {launch.configuration}",
-            compiled.metadata.shared,
-            compiled.asm["ttir"].count("tt.dot "),
-        )
-    ]
+    kernel = kernel_of(
+        usage,
+        str(launch.source.relative_to(ROOT)),
+        launch.kernel.__name__,
+        f"{launch.call}, {launch.configuration}",
+        compiled.metadata.shared,
+    )
+    products = compiled.asm["ttir"].count("tt.dot ")
+    unfenced = len(proxy_fences.unfenced_products(compiled.asm["ptx"]))
+    return [dataclasses.replace(kernel, products=products, unfenced=unfenced)]
 
 
-def kernel_of(
-    usage: cubin.Usage, source: str, name: str, use: str, dynamic_shared: int | None, products: int | None = None
-) -> Kernel:
+def kernel_of(usage: cubin.Usage, source: str, name: str, use: str, dynamic_shared: int | None) -> Kernel:
     return Kernel(
         source,
         name,
@@ -229,7 +230,6 @@ def kernel_of(
         usage.local,
         usage.local_accesses,
         usage.tensor_cores,
-        products,
     )
 
 

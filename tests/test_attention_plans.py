@@ -92,6 +92,58 @@ def test_some_plan_fits_48_kib(plans, warp_groups):
             assert plans.fitting(stage, work, device(48, warp_groups)._replace(tensor_cores=False))
 
 
+@pytest.mark.parametrize(
+    "version, fenced",
+    [
+        ("3.5.0", set()), ("3.6.0", set()), ("3.7.0+git1", set()), ("3.7.1", {9}), ("3.8.0", {9}),
+        ("3.9.0", {9, 10, 11}), ("3.10.0", {9, 10, 11}), ("4.0", {9, 10, 11}),
+    ],
+)  # fmt: skip
+def test_versions_of_triton_that_fence_prefetched_tiles(version, fenced):
+    fences = module("_resources").fences_prefetched
+    assert {major for major in (7, 8, 9, 10, 11, 12) if fences(major, version)} == {7, 8, 12} | fenced
+
+
+def test_where_prefetched_tiles_are_not_fenced_no_attention_plan_prefetches(plans):
+    unfenced = device(227, warp_groups=True)._replace(fenced=False)
+    for stage in plans.KERNELS:
+        for work in works(plans):
+            found = plans.fitting(stage, work, unfenced)
+            if work.dtype == torch.float32:
+                assert found == plans.fitting(stage, work, unfenced._replace(fenced=True))
+            else:
+                assert {plan.options["num_stages"] for plan in found} == {1}
+                preferred = plans.candidates(stage, work)[0]
+                assert found[0].tiles == preferred.tiles._replace(num_stages=1)
+
+
+class Recorder:
+    """In a kernel's stead: the stages that it would be launched with."""
+
+    def __init__(self):
+        self.stages = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **keywords: self.stages.append(keywords["num_stages"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fenced", [True, False])
+def test_where_prefetched_tiles_are_not_fenced_no_joint_kernel_prefetches(monkeypatch, dtype, fenced):
+    limits = device(227, warp_groups=True)._replace(fenced=fenced)
+    monkeypatch.setattr(module("_resources"), "device_of", lambda tensor: limits)
+    recorder = Recorder()
+    for kernel in ("_linear.linear", "_heads.heads", "attend_tokens.forward", "attend_tokens.backward"):
+        name, kernel = kernel.split(".")
+        monkeypatch.setattr(module(name), f"{kernel}_kernel", recorder)
+    x, weight, packed = (torch.empty(*shape, dtype=dtype) for shape in [(64, 64), (8, 64, 64), (2, 64, 3 * 64)])
+    module("_linear").linear(x, x, x[0])
+    module("_heads").multiply_heads(x.view(1, 8, 8, 64), weight, None, x.view(1, 8, 8, 64))
+    module("attend_tokens").forward(packed, 1, 1.0)
+    module("attend_tokens").backward(packed[..., :64], packed, 1, 1.0)
+    assert recorder.stages == ([2, 2, 1, 1] if dtype == torch.float32 else [3, 2, 2, 2] if fenced else [1, 1, 1, 1])
+
+
 def test_without_a_plan_that_fits_the_error_says_what_is_needed(plans):
     work = plans.Work(torch.float32, 17, (48, 48, 48), True)
     expected = r"^forward of attention in torch.float32 needs \d+ bytes of shared memory per block, this GPU has 1024$"
@@ -232,5 +284,6 @@ def test_the_limits_are_those_of_the_device(monkeypatch):
         ((10, 0), True),
         ((12, 0), False),
     ]:
+        fenced = resources.fences_prefetched(capability[0])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
-        assert resources._device.__wrapped__(3) == (1003, warp_groups, capability >= (8, 0))
+        assert resources._device.__wrapped__(3) == (1003, warp_groups, capability >= (8, 0), fenced)

@@ -19,6 +19,7 @@ import cubin
 import cuda_launches
 import kernel_predictions as predicted
 import kernel_resources
+import proxy_fences
 import triton
 import triton.language as tl
 from kernel_resources import (
@@ -35,6 +36,7 @@ from kernel_resources import (
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from liftbyimage.kernels import _resources
 from liftbyimage.ops._dispatch import rows_held_bytes
 
 PAGE = ROOT / "docs" / "kernels" / "resources.md"
@@ -132,6 +134,7 @@ def test_a_launch_beyond_the_bounds_of_its_kernel_is_refused() -> None:
         ({"static_shared": 1, "dynamic_shared": 232_448}, "232449 bytes of shared memory, 232448 are there"),
         ({"architecture": "sm_80", "dynamic_shared": 166_913}, "166913 bytes of shared memory, 166912 are there"),
         ({"threads": 512, "registers": 136}, "69632 registers of a block, 65536 are there"),
+        ({"unfenced": 4}, "4 products behind a copy without a proxy fence"),
         ({"tensor_cores": "HGMMA"}, "tensor cores: expected none, got HGMMA"),
         ({"source": "csrc/cuda/new.cu"}, "tensor cores: expected an entry in EXPECTED, got none"),
     ],
@@ -206,6 +209,51 @@ def test_a_triton_kernel_with_too_large_tiles_does_not_fit(architecture: int) ->
     kernel = kernel_resources.kernel_of(usage, "kernels/_attention.py", "bf16", "", compiled.metadata.shared)
     assert kernel.dynamic_shared > CHIPS[kernel.architecture].shared_of_block
     assert f"{kernel.dynamic_shared} bytes of shared memory" in " ".join(problems(kernel))
+
+
+def pipelined_product(pointer, stop):
+    rows, total = tl.arange(0, 64), tl.full([64, 64], 0, tl.float32)
+    at = pointer + rows[:, None] * 64 + rows[None, :]
+    for _ in range(0, stop):
+        x = tl.load(at)
+        total = tl.dot(x, x, total)
+        at += 64 * 64
+    tl.store(at, total.to(tl.float16))
+
+
+def test_products_without_a_fence_are_found_in_compiled_code() -> None:
+    source = triton.compiler.ASTSource(
+        fn=JITFunction(pipelined_product), signature={"pointer": "*fp16", "stop": "i32"}, constexprs={},
+        attrs={(0,): [["tt.divisibility", 16]]},
+    )  # fmt: skip
+    options = {"num_stages": 3 if _resources.fences_prefetched(9) else 1, "enable_fp_fusion": True}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    lines = ptx.splitlines()
+    products = {number for number, line in enumerate(lines) if "wgmma.mma_async" in line}
+    assert products and proxy_fences.unfenced_products(ptx) == set()
+    if "cp.async.wait" in ptx:
+        assert proxy_fences.unfenced_products(ptx.replace("fence.proxy.async", "")) == products
+
+
+@pytest.mark.parametrize(
+    ("loop", "expected"),
+    [
+        (["wait", "product"], {2}),
+        (["wait", "fence", "product"], set()),
+        (["product", "wait"], {1}),  # in the next turn
+        (["product", "wait", "fence"], set()),
+        (["wait", "@%p1 bra $end;", "fence", "$end:", "product"], {5}),  # past the fence
+        (["wait", "bra.uni $end;", "product", "$end:", "fence"], set()),  # never reached
+    ],
+)
+def test_every_way_to_a_product_is_looked_at(loop: list[str], expected: set[int]) -> None:
+    instructions = {
+        "wait": "cp.async.wait_group 0;",
+        "fence": "fence.proxy.async.shared::cta;",
+        "product": "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 …;",
+    }
+    lines = ["$loop:", *(instructions.get(line, line) for line in loop), "@!%p2 bra $loop;", "ret;"]
+    assert proxy_fences.unfenced_products("\n".join(lines)) == expected
 
 
 @pytest.mark.parametrize(
