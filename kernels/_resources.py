@@ -31,7 +31,7 @@ REGISTERS = 95  # of a thread's 255: beyond, compiled candidates spill for want 
 # Products of warp groups (wgmma, tcgen05) read shared memory past the path that cp.async writes it by: between the wait
 # for a copy and the product must stand a proxy fence, or the product may read what was there before. The first Triton
 # that puts one into loops with prefetched loads (num_stages above 1), by major compute capability, as found in compiled
-# code: 3.5.0 to 3.7.0 never do, and 3.7.1 and 3.8.0 leave out some of those for 10. Loops without prefetching have it
+# code: 3.5.0 to 3.7.0 never do for 9, and up to 3.8.0 some are missing for 10 and 11. Loops without prefetching have it
 # in every version. Other GPUs have no such products.
 FENCED_SINCE = {9: (3, 7, 1), 10: (3, 9), 11: (3, 9)}
 

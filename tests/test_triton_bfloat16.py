@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
-# Of each op's cases those in which rounding shows most, and sizes that fill no tile. The residual ops' kernels are those
-# of the joint side; sample_context keeps every intermediate result in float32.
+# Of each op's cases those in which rounding shows most, and sizes that fill no tile. The residual ops' kernels are
+# those of the joint side; sample_context keeps every intermediate result in float32.
 TELLING = {
     "attend_patches": ("with_attention_odd", "odd_widths", "large_logits"),
     "pose_guided_attention": ("widths_differ", "one_tensor", "large_logits"),
