@@ -33,10 +33,10 @@ from kernel_resources import (
     problems,
     resident_blocks,
 )
+from liftbyimage.kernels import _resources
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from liftbyimage.kernels import _resources
 from liftbyimage.ops._dispatch import rows_held_bytes
 
 PAGE = ROOT / "docs" / "kernels" / "resources.md"
