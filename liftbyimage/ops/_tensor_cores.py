@@ -1,6 +1,6 @@
 """The backward of attention to one head of tokens that are key and value, on tensor cores.
 
-    A = exp(scale · T Qᵀ − lse)                        weigh_patches          csrc/cuda/tensor_attention.cu
+    A = exp(scale · T Qᵀ − lse)                        weigh_patches
     dU = Aᵀ dX                                         a matrix product
     δ = ⟨O, dO⟩ + ⟨U, dU⟩ + Σ_p A (g/R + dAttention)   per row
     dS = scale · A ∘ (T dOᵀ + dX Uᵀ + g/R + dAttention − δ)
@@ -101,7 +101,7 @@ def _write_token_gradient(out: Tensor, weights: Tensor, incoming: Incoming, quer
     if incoming.patches is None:
         torch.bmm(left, right, out=out)
     else:
-        out.copy_(incoming.patches).baddbmm_(left, right)  # baddbmm(out=…) copies twice on CUDA
+        out.copy_(incoming.patches).baddbmm_(left, right)  # baddbmm(out=…) was seen to copy twice on CUDA
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
