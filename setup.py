@@ -21,6 +21,7 @@ from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 HOPPER_SOURCES = ("tensor_attention.cu", "tensor_gradient.cu")  # in csrc/cuda
+OTHERS_SOURCES = ("mma_attention.cu", "mma_gradient.cu")  # the same for every other GPU
 PROCESSOR = runpy.run_path(str(ROOT / "liftbyimage" / "_processor.py"))
 
 
@@ -113,9 +114,13 @@ def cuda_targets() -> list[str]:
 
 
 def targets_of(source: Path) -> list[str]:
-    """The targets that a source is compiled for: what only Hopper can run, for sm_90a alone where that is wanted."""
+    """The targets that a source is compiled for: some are for Hopper alone, and some for all others where there are
+    others."""
     targets = cuda_targets()
-    return ["sm_90a"] if source.name in HOPPER_SOURCES and "sm_90a" in targets else targets
+    others = [target for target in targets if target != "sm_90a"]
+    if source.name in HOPPER_SOURCES and "sm_90a" in targets:
+        return ["sm_90a"]
+    return others if source.name in OTHERS_SOURCES and others else targets
 
 
 def cuda_extensions() -> list:

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
 HOPPER_SOURCES = ("tensor_attention.cu", "tensor_gradient.cu")  # as in setup.py: for sm_90a alone
+OTHERS_SOURCES = ("mma_attention.cu", "mma_gradient.cu")  # as in setup.py: for all but sm_90a
 TRITON_ARCHITECTURES = (80, 90)
 SHORT_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}  # as Triton calls them
 NVCC_MISSING = None if shutil.which("nvcc") else "nvcc is not on PATH"
@@ -88,8 +89,8 @@ MIXED = {"sm_80": "HMMA", "sm_90a": "HGMMA|HGMMA+HMMA"}
 EXPECTED = {
     "csrc/cuda/tensor_attention.cu": {"combine_kernel": NONE, "": {"sm_90a": "HGMMA"}},
     "csrc/cuda/tensor_gradient.cu": {"": {"sm_90a": "HGMMA"}},
-    "csrc/cuda/mma_attention.cu": {"combine_kernel": NONE, "": WARPS},
-    "csrc/cuda/mma_gradient.cu": {"": WARPS},
+    "csrc/cuda/mma_attention.cu": {"combine_kernel": NONE, "": {"sm_80": "HMMA"}},
+    "csrc/cuda/mma_gradient.cu": {"": {"sm_80": "HMMA"}},
     "csrc/cuda/pose_guided_attention.cu": {"": NONE},
     "csrc/cuda/prune_patches.cu": {"": NONE},
     "csrc/cuda/sample_context.cu": {"": NONE},
@@ -168,6 +169,8 @@ def nvcc_cubin(source: Path, architecture: str, *flags: str) -> bytes:
 
 
 def architectures_of(source: Path) -> tuple[str, ...]:
+    if source.name in OTHERS_SOURCES:
+        return ("sm_80",)
     return ("sm_90a",) if source.name in HOPPER_SOURCES else CUDA_ARCHITECTURES
 
 

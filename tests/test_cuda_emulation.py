@@ -625,7 +625,8 @@ GRADIENT_CASES = [
 
 @pytest.mark.parametrize(
     "tensor_cores, dtype",
-    [(90, torch.float16), (90, torch.bfloat16), (80, torch.bfloat16)],  # one source for both types
+    [(90, torch.float16), (90, torch.bfloat16), (80, torch.bfloat16)],  # forward is tried in both types everywhere
+    ids=["hopper-float16", "hopper-bfloat16", "ampere-bfloat16"],
     indirect=["tensor_cores"],
 )
 @pytest.mark.parametrize("case, wanted", GRADIENT_CASES)

@@ -30,6 +30,7 @@ from kernel_resources import (
     NVCC_MISSING,
     ROOT,
     Kernel,
+    architectures_of,
     problems,
     resident_blocks,
 )
@@ -85,7 +86,8 @@ def test_cuda_kernels_fit(kernels: list[Kernel]) -> None:
     found = of_cuda(kernels)
     sources = {str(source.relative_to(ROOT)) for source in CUDA_SOURCES}
     assert sources == {source for source in EXPECTED if source.startswith("csrc/")}
-    assert {kernel.source for kernel in found if kernel.architecture == "sm_90a"} == sources
+    pairs = {(str(one.relative_to(ROOT)), name) for one in CUDA_SOURCES for name in architectures_of(one)}
+    assert {(kernel.source, kernel.architecture) for kernel in found} == pairs
     assert [text for kernel in found for text in problems(kernel)] == []
     recorded = {kernel.source for kernel in found if kernel.dynamic_shared is not None}
     assert recorded == {f"csrc/cuda/{name}" for name in cuda_launches.CALLS}
@@ -104,17 +106,17 @@ def test_launches_are_recorded_as_they_are() -> None:
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("source", "updating"), [("mma_attention.cu", "scatter_kernel"), ("mma_gradient.cu", "gradient")]
+    ("source", "updating"), [("mma_attention.cu", "scatter_kernel"), ("mma_gradient.cu", "gradient_kernel")]
 )
-def test_shared_memory_of_held_rows_is_what_the_choice_of_a_backend_counts_with(source: str, updating: str) -> None:
-    launches = cuda_launches.recorded(ROOT / "csrc" / "cuda" / source, "sm_80")
-    names = kernel_resources.short_names([launch.symbol for launch in launches])
-    found = {name: launch.shared for name, launch in zip(names, launches, strict=True) if updating in name}
+def test_shared_memory_of_held_rows_is_what_the_choice_of_a_backend_counts_with(
+    kernels: list[Kernel], source: str, updating: str
+) -> None:
+    of_source = [kernel for kernel in kernels if kernel.source.endswith(source) and updating in kernel.name]
+    found = {kernel.name: kernel.dynamic_shared for kernel in of_source if kernel.dynamic_shared is not None}
     for columns, width in ((1, 48), (3, 184), (4, 256)):
         held = 2 if width == 256 else 1
         of_width = [shared for name, shared in found.items() if f"<bf16, {columns}, " in name]
-        counted = rows_held_bytes(width, held)
-        assert of_width == [counted]
+        assert of_width == [rows_held_bytes(width, held)]
 
 
 def test_a_launch_beyond_the_bounds_of_its_kernel_is_refused() -> None:
@@ -335,9 +337,10 @@ def test_interpreted_kernels_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -
         aot_triton.compiled(None, 90)
 
 
-def test_sources_for_hopper_alone_are_those_of_the_build():
-    [line] = re.findall(r"^HOPPER_SOURCES = (\(.*?\))", (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert line == str(kernel_resources.HOPPER_SOURCES).replace("'", '"')
+@pytest.mark.parametrize("name", ["HOPPER_SOURCES", "OTHERS_SOURCES"])
+def test_sources_for_some_gpus_alone_are_those_of_the_build(name):
+    [line] = re.findall(rf"^{name} = (\(.*?\))", (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert line == str(getattr(kernel_resources, name)).replace("'", '"')
 
 
 @needs_nvcc
